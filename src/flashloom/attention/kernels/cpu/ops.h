@@ -277,7 +277,7 @@ FL_INLINE vfh mod_half(vfh a, vfh b) {
 FL_INLINE vfh floordiv_float_half(vfh a, vfh b) {
   vd x = __builtin_convertvector(a, vd), y = __builtin_convertvector(b, vd), inf = bcd(__builtin_inf());
   vd q = floor_any(x / y);
-  q = ((y == inf) | (y == -inf)) & (x != 0.0) & ((x < 0.0) != (y < 0.0)) ? bcd(-1.0) : q;
+  q = ((y == inf) | (y == -inf)) & (((x < 0.0) & (y > 0.0)) | ((x > 0.0) & (y < 0.0))) ? bcd(-1.0) : q;
   q = ((x == inf) | (x == -inf)) & (y != 0.0) ? bcd(__builtin_nan("")) : q;
   return __builtin_convertvector(q, vfh);
 }
