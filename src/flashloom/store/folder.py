@@ -1,0 +1,278 @@
+"""Entries on disk: ``<root>/v1/<request>/<key>/`` holds entry.json and the files it lists.
+
+An entry is written aside, synced and published by one rename, so that a reader sees all of it or nothing. A reader
+goes down by
+descriptors that follow no links, checks owner and mode of each step, and believes only bytes whose digest is listed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashloom.store.entry import FORMAT, Corrupt, Entry, Key, manifest_of, parse_manifest, read_entry
+
+__all__ = ["Folder", "Refused"]
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_ASIDE_KEPT_S = 24 * 3600.0
+_TOUCH_S = 3600.0
+
+
+class Refused(OSError):
+    """A folder or file that somebody else could have written."""
+
+
+def step(name: str) -> None:
+    """Called before each step of publishing; the fault tests replace it by something that dies."""
+
+
+def check_owner(status: os.stat_result, what: str) -> None:
+    """Raises Refused unless the user or root owns it and nobody else can write to it."""
+    if status.st_uid not in (os.geteuid(), 0):
+        raise Refused(errno.EPERM, f"{what} belongs to user {status.st_uid}")
+    if status.st_mode & 0o022:
+        raise Refused(errno.EPERM, f"{what} can be written by others (mode {stat.S_IMODE(status.st_mode):o})")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A store at ``root``. ``trusted``: the operator vouches for all who can write to it, so owners and modes are not
+    checked.
+    """
+
+    root: Path
+    trusted: bool = False
+
+    @property
+    def entries(self) -> Path:
+        """The folder that holds the entries of this format."""
+        return self.root / f"v{FORMAT}"
+
+    def path(self, key: Key) -> Path:
+        """Where the entry of this key lives."""
+        return self.entries / key.request / key.key
+
+    # Reading
+
+    def read(self, key: Key) -> Entry | None:
+        """The entry, verified, or None. Raises Corrupt when it is there and not what it should be, Refused, or
+        OSError.
+        """
+        with self._descend(key.request, key.key) as folder:
+            if folder is None:
+                return None
+            try:
+                entry = self._read_at(folder, key)
+            except (FileNotFoundError, Corrupt, Refused, ValueError, KeyError, TypeError) as error:
+                if not self.path(key).exists():  # evicted or set aside under our eyes
+                    return None
+                raise Corrupt(f"{self.path(key)}: {error}") from error
+            with suppress(OSError):  # mark as used, seldom; a store that others own keeps its times
+                if time.time() - os.fstat(folder).st_mtime > _TOUCH_S:
+                    os.utime(folder)
+            return entry
+
+    def keys(self, request: str) -> list[Key]:
+        """Keys of all entries that answer this request, whatever toolchain built them."""
+        with self._descend(request) as folder:
+            return (
+                [] if folder is None else [Key(request, name) for name in sorted(os.listdir(folder)) if _is_key(name)]
+            )
+
+    def all_keys(self) -> Iterator[Key]:
+        """Keys of all entries. Folders that come or go meanwhile are seen or not."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            for request in sorted(os.listdir(self.entries)):
+                if _is_key(request):
+                    yield from self.keys(request)
+
+    @contextmanager
+    def _descend(self, *names: str) -> Iterator[int | None]:
+        """A descriptor of the folder below the entries' folder, or None where it does not exist."""
+        descriptors: list[int] = []
+        try:
+            try:
+                descriptors.append(os.open(self.root, _DIRECTORY))
+                self._check(descriptors[-1], str(self.root))
+                for name in (self.entries.name, *names):
+                    descriptors.append(os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptors[-1]))
+                    self._check(descriptors[-1], f"{name} in {self.root}")
+            except FileNotFoundError:
+                yield None
+            except NotADirectoryError as error:  # a link, or a file, in a folder's place
+                raise Corrupt(f"{'/'.join(names)} in {self.root} is not a folder") from error
+            else:
+                yield descriptors[-1]
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _read_at(self, folder: int, key: Key) -> Entry:
+        def read(name: str) -> bytes:
+            if "/" in name or name in ("", ".", ".."):
+                raise Corrupt(f"{name!r} is not the name of a file of an entry")
+            try:
+                descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    raise Corrupt(f"{name} is a link") from error
+                raise
+            with open(descriptor, "rb") as file:
+                self._check(descriptor, name)
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise Corrupt(f"{name} is not a plain file")
+                return file.read()
+
+        return read_entry(parse_manifest(read("entry.json"), key), read, str(self.root))
+
+    def _check(self, descriptor: int, what: str) -> None:
+        if not self.trusted:
+            check_owner(os.fstat(descriptor), what)
+
+    # Writing
+
+    def publish(self, entry: Entry) -> bool:
+        """Write the entry; False when another one is there already. Raises OSError or Refused, and then leaves
+        nothing that counts.
+        """
+        step("folders")
+        self.root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with open_folder(self.root) as root:
+            self._check(root, str(self.root))
+            mode = stat.S_IMODE(os.fstat(root).st_mode)
+        aside = self._aside(mode)
+        try:
+            step("write")
+            for name, data in {**entry.files, "entry.json": manifest_of(entry)}.items():
+                step(f"write {name}")
+                _write(aside / name, data, mode & 0o666)
+            step("sync")
+            sync(aside)
+            return self._rename(aside, self.path(entry.key), mode)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def set_aside(self, key: Key) -> None:
+        """Take an entry out of sight, whatever it is; it is kept for a day for those who want to know. Raises
+        OSError.
+        """
+        mode = stat.S_IMODE(self.root.stat().st_mode)
+        place = self._aside(mode)
+        with suppress(FileNotFoundError):
+            os.rename(self.path(key), place / "entry")
+
+    def remove(self, key: Key) -> None:
+        """Delete an entry: out of sight in one step, then file by file. One that is gone already is no error."""
+        with suppress(FileNotFoundError):
+            place = self._aside(0o700)
+            try:
+                os.rename(self.path(key), place / "entry")
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):  # not empty: another toolchain's entry lives there
+                os.rmdir(self.path(key).parent)
+
+    def remove_old(self, seconds: float = _ASIDE_KEPT_S) -> None:
+        """Delete what dead writers left and what was set aside, once it is this old."""
+        with suppress(FileNotFoundError):
+            for item in list(os.scandir(self.root / "aside")):
+                with suppress(OSError):
+                    if time.time() - item.stat(follow_symlinks=False).st_mtime > seconds:
+                        shutil.rmtree(item.path, ignore_errors=True)
+
+    def _aside(self, mode: int) -> Path:
+        """A new folder beside the entries, on the same file system; its name is no key, so nothing looks into it."""
+        _mkdir(self.root / "aside", mode)
+        path = self.root / "aside" / f"{int(time.time())}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        _mkdir(path, mode)
+        return path
+
+    def _rename(self, aside: Path, final: Path, mode: int) -> bool:
+        for _ in range(10):
+            step("request folder")
+            _mkdir(self.entries, mode)
+            _mkdir(final.parent, mode)
+            step("rename")
+            try:
+                os.rename(aside, final)
+            except FileNotFoundError:  # an eviction removed the empty request folder in between
+                continue
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    return False
+                raise
+            step("sync folder")
+            sync(final.parent)
+            return True
+        raise OSError(errno.EBUSY, "the folder vanished ten times while the entry was published", str(final.parent))
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[int]:
+    """A descriptor of a folder, closed at the end."""
+    descriptor = os.open(path, _DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Bring a folder's list of names to the disk."""
+    with open_folder(path) as folder:
+        os.fsync(folder)
+
+
+def _mkdir(path: Path, mode: int) -> None:
+    """Make a folder with exactly these permissions, so that the umask of one user does not lock out the others of a
+    shared store.
+    """
+    with suppress(FileExistsError):
+        path.mkdir()
+        path.chmod(mode)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+
+
+def _is_key(name: str) -> bool:
+    return len(name) == 64 and not name.strip("0123456789abcdef")
+
+
+def bounded(seconds: float, work: Callable[[], object]) -> object:
+    """Run ``work`` in a thread of its own for at most ``seconds``. Raises TimeoutError when it takes longer, else
+    what it raised.
+    """
+    import threading
+
+    result: list[object] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="flashloom-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")
+    if failure:
+        raise failure[0]
+    return result[0]

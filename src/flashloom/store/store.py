@@ -1,0 +1,377 @@
+"""Look up, or build once between all who ask: memory, packs, the user's folder, then the toolchain.
+
+Nothing here decides by a lock, and nothing on disk is needed: where the folder cannot be used, kernels stay in
+memory, after one
+warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import platformdirs
+
+from flashloom import settings
+from flashloom.store import evict
+from flashloom.store.entry import Corrupt, Entry, Key, difference
+from flashloom.store.folder import Folder, Refused, bounded
+from flashloom.store.jobs import job_slot
+from flashloom.store.locks import Busy, Lock, local_folder, take
+
+__all__ = ["Counters", "NoToolchain", "SealedError", "counters", "default_folder", "get_or_build", "is_sealed", "seal"]
+
+log = logging.getLogger("flashloom")
+_T = TypeVar("_T")
+_POLL_S = 0.02
+_NOTICE_S = 5.0
+
+
+class NoToolchain(RuntimeError):
+    """There is no compiler on this host for what is asked; the message says what to install."""
+
+
+class SealedError(RuntimeError):
+    """A kernel is missing and nothing may be compiled now; the message says which field of the key missed."""
+
+
+@dataclass
+class Counters:
+    """What the store did in this process."""
+
+    hits: int = 0
+    """Kernels found: in a pack, the folder or memory."""
+    misses: int = 0
+    """Kernels not found when they were asked for."""
+    builds: int = 0
+    """Misses that this process built."""
+    shared: int = 0
+    """Misses that another process built meanwhile."""
+    failures: int = 0
+    """Builds that raised."""
+    corrupt: int = 0
+    """Entries set aside, since they were damaged or would not load."""
+    unpublished: int = 0
+    """Builds that could not be written to the folder and are kept in memory."""
+    waits: int = 0
+    """Times this process waited for another one's build."""
+    build_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+
+class _State:
+    """All that this process remembers; a forked child gets fresh locks."""
+
+    def __init__(self) -> None:
+        self.counters = Counters()
+        self.sealed = False
+        self.memory: dict[Key, Entry] = {}
+        self.layers: list[Callable[[str], Entry | None]] = []  # packs, the last used first: request -> entry
+        self.on_miss_error: str | None = None  # the pack that was used with on_miss="error"
+        self.broken: set[Path] = set()  # folders that did not answer in time
+        self.warned: set[str] = set()
+        self.reset_locks()
+
+    def reset_locks(self) -> None:
+        self.lock = threading.RLock()
+        self.building: dict[Key, threading.RLock] = {}
+
+
+_state = _State()
+os.register_at_fork(after_in_child=lambda: _state.reset_locks())
+
+
+def counters() -> Counters:
+    """A copy of this process' counters."""
+    with _state.lock:
+        return dataclasses.replace(_state.counters)
+
+
+def seal() -> None:
+    """From now on a kernel that would have to be compiled is a SealedError instead, for the rest of the process."""
+    _state.sealed = True
+
+
+def is_sealed() -> bool:
+    """Whether compiling is off, by ``seal()`` or ``FLASHLOOM_SEALED=1``."""
+    return _state.sealed or settings.get().sealed
+
+
+def default_folder() -> Folder:
+    """The user's store: ``FLASHLOOM_CACHE_DIR``, or ``flashloom`` in the user's cache folder."""
+    root = settings.get().cache_dir or Path(platformdirs.user_cache_dir("flashloom", appauthor=False))
+    return Folder(root, trusted=is_trusted(root))
+
+
+def is_trusted(path: Path) -> bool:
+    """Whether the operator named this path, or a folder above it, in ``FLASHLOOM_TRUSTED``."""
+    resolved = path.resolve()
+    return any(resolved.is_relative_to(trusted.resolve()) for trusted in settings.get().trusted)
+
+
+def get_or_build(
+    fields: Mapping[str, Any],
+    build: Callable[[Path], Mapping[str, Any] | None],
+    *,
+    toolchain: Callable[[], Mapping[str, Any]] = dict,
+    label: str = "kernel",
+) -> Entry:
+    """The entry for what ``fields`` ask, found or built; the package's docstring explains the arguments.
+
+    Raises SealedError when it is missing and nothing may be compiled, NoToolchain when there is no compiler, and what
+    ``build``
+    raises. Problems with the folder never raise.
+    """
+    request = Key.of(fields, {}).request
+    for layer in list(_state.layers):
+        found = layer(request)
+        if found is not None:
+            return _hit(found)
+    try:
+        tools = toolchain()
+    except NoToolchain:
+        return _without_toolchain(request)
+    key = Key.of(fields, tools)
+    with _alone(key):
+        found = _state.memory.get(key) or _read(key)
+        if found is not None:
+            return _hit(found)
+        why = _why_missed(fields, tools, label)
+        if is_sealed() or _state.on_miss_error:
+            reason = (
+                "fl.seal() or FLASHLOOM_SEALED" if is_sealed() else f'fl.use({_state.on_miss_error!r}, on_miss="error")'
+            )
+            raise SealedError(
+                f"kernel {label!r} is not in the store, and {reason} forbids to compile it: {why}. Build it before "
+                f"with fl.prepare(), or add it to the pack"
+            )
+        _count(misses=1)
+        log.info("miss %s (%s): %s", label, key.key[:12], why)
+        return _build_or_share(key, Entry(key, label, fields, tools, {}, {}, missed=why, on_reject=_reject), build)
+
+
+def _hit(entry: Entry) -> Entry:
+    _count(hits=1)
+    log.debug("hit %s (%s) in %s", entry.label, entry.key.key[:12], entry.origin)
+    return entry
+
+
+def _without_toolchain(request: str) -> Entry:
+    """On a host without the compiler, what any compiler made of the same request serves. Raises NoToolchain when
+    there is none.
+    """
+    for key in _on_disk("reading", lambda folder: folder.keys(request)) or ():
+        found = _read(key)
+        if found is not None:
+            return _hit(found)
+    raise
+
+
+# Building
+
+
+def _build_or_share(key: Key, blank: Entry, build: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
+    """Build it, or let another process that already does finish. A place for a compiler first, so that locks are held
+    briefly.
+    """
+    patience = settings.get().wait
+    path = _lock_path(key)
+    while True:
+        with job_slot(lambda: default_folder().path(key).exists()):
+            answer = take(path)
+            if not isinstance(answer, Busy) or patience <= 0 or answer.age > settings.get().wait:
+                if isinstance(answer, Busy):
+                    log.warning(
+                        "%s has been building %r for %.0f s; building it here as well",
+                        answer.holder,
+                        blank.label,
+                        answer.age,
+                    )
+                try:
+                    found = _read(key)  # published since we looked
+                    if found is not None:
+                        _count(shared=1)
+                        return found
+                    return _build(blank, build)
+                finally:
+                    if isinstance(answer, Lock):
+                        answer.release()
+        patience -= _wait(key, path, answer, blank.label, patience)
+
+
+def _lock_path(key: Key) -> Path | None:
+    folder = local_folder()
+    if folder is None:
+        return None
+    with suppress(OSError):
+        (folder / "locks").mkdir(mode=0o700, exist_ok=True)
+        return folder / "locks" / Key.of({"root": str(default_folder().root)}, {"key": key.key}).key[:40]
+    return None
+
+
+def _wait(key: Key, path: Path | None, busy: Busy, label: str, patience: float) -> float:
+    """Wait until the entry is published, its builder is gone, or patience ends. Returns the seconds waited."""
+    _count(waits=1)
+    log.info("waiting for %s, which is building %r", busy.holder, label)
+    start = time.monotonic()
+    notice = start + _NOTICE_S
+    final = default_folder().path(key)
+    for round in range(1 << 62):
+        waited = time.monotonic() - start
+        if waited >= patience or final.exists():
+            break
+        if round % 5 == 4:
+            answer = take(path)
+            if isinstance(answer, Lock):
+                answer.release()
+            if not isinstance(answer, Busy):
+                break
+        if time.monotonic() > notice:
+            log.warning(
+                "still waiting for %s, which is building %r; it is built here as well in %.0f s",
+                busy.holder,
+                label,
+                patience - waited,
+            )
+            notice += _NOTICE_S
+        time.sleep(_POLL_S)
+    waited = time.monotonic() - start
+    _count(wait_seconds=waited)
+    return max(waited, 1e-3)
+
+
+def _build(blank: Entry, build: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
+    """Build in a folder of its own on local disk, then publish; a store that fails costs nothing but its copy."""
+    folder = Path(tempfile.mkdtemp(prefix="flashloom-build-"))
+    start = time.monotonic()
+    try:
+        metadata = build(folder) or {}
+        files = {item.name: item.read_bytes() for item in sorted(folder.iterdir())}
+        if not files or "entry.json" in files:
+            raise ValueError(
+                f"the build of {blank.label!r} left {sorted(files)}; it must leave files, none named entry.json"
+            )
+    except BaseException:
+        _count(failures=1)
+        raise  # the folder stays: the error names the source and the log in it
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = time.monotonic() - start
+    entry = dataclasses.replace(blank, metadata=dict(metadata), files=files, seconds=seconds)
+    _count(builds=1, build_seconds=seconds)
+    log.info("built %s (%s) in %.2f s", entry.label, entry.key.key[:12], seconds)
+    return _publish(entry)
+
+
+def _publish(entry: Entry) -> Entry:
+    """Put it into the folder. Where somebody was faster, theirs is used by all; where it cannot be, it stays in
+    memory.
+    """
+    written = _on_disk("writing", lambda folder: folder.publish(entry))
+    if written:
+        evict.after_publish(default_folder())
+        return entry
+    if written is False:
+        found = _read(entry.key)
+        if found is not None:
+            return found
+        written = _on_disk(
+            "writing", lambda folder: folder.publish(entry)
+        )  # what was there was damaged, and is set aside now
+    if not written:
+        _count(unpublished=1)
+        _state.memory[entry.key] = dataclasses.replace(entry, origin="memory")
+    return entry
+
+
+# The folder
+
+
+def _read(key: Key) -> Entry | None:
+    """The folder's entry, or None; a damaged one is set aside."""
+    try:
+        entry = _on_disk("reading", lambda folder: folder.read(key))
+    except Corrupt as error:
+        _set_aside(key, str(error))
+        return None
+    return None if entry is None else dataclasses.replace(entry, on_reject=_reject)
+
+
+def _reject(entry: Entry, reason: str) -> None:
+    """A loader could not use the entry."""
+    _state.memory.pop(entry.key, None)
+    _set_aside(entry.key, f"{entry.label!r} from {entry.origin} does not load: {reason}")
+
+
+def _set_aside(key: Key, reason: str) -> None:
+    _count(corrupt=1)
+    log.warning("set aside a kernel: %s", reason)
+    _on_disk("setting aside", lambda folder: folder.set_aside(key))
+
+
+def _on_disk(doing: str, work: Callable[[Folder], _T]) -> _T | None:
+    """Do something with the user's folder, within its time. None, after one warning, when it cannot be done."""
+    try:
+        folder = default_folder()
+        if folder.root in _state.broken:
+            return None
+        return bounded(settings.get().store_timeout, lambda: work(folder))  # type: ignore[return-value]
+    except TimeoutError:
+        _state.broken.add(folder.root)
+        _warn(
+            "slow", f"the kernel store {folder.root} did not answer within {settings.get().store_timeout:g} s ({doing})"
+        )
+    except Refused as error:
+        _warn(
+            "refused", f"the kernel store is not used: {error.strerror}; correct that, or name it in FLASHLOOM_TRUSTED"
+        )
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        _warn("failed", f"{doing} the kernel store failed: {error}")
+    return None
+
+
+def _warn(topic: str, message: str) -> None:
+    if topic not in _state.warned:
+        _state.warned.add(topic)
+        warnings.warn(
+            f"{message}. Kernels are kept in memory: results are right, start-up is slow", RuntimeWarning, stacklevel=4
+        )
+        log.warning("%s", message)
+
+
+def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any], label: str) -> str:
+    """What is different in the nearest entry."""
+    best: list[str] | None = None
+    asked = {**fields, "toolchain": toolchain}
+    for found in _on_disk("listing", lambda folder: list(evict.manifests(folder, limit=256))) or ():
+        differs = difference(asked, {**found["fields"], "toolchain": found["toolchain"]})
+        if found["label"] == label and differs and (best is None or len(differs) < len(best)):
+            best = differs
+    return "; ".join(best) if best else "nothing of this kind is stored"
+
+
+@contextmanager
+def _alone(key: Key) -> Iterator[None]:
+    """One thread of this process at a time for one key."""
+    with _state.lock:
+        lock = _state.building.setdefault(key, threading.RLock())
+    with lock:
+        yield
+    with _state.lock:
+        _state.building.pop(key, None)
+
+
+def _count(**add: float) -> None:
+    with _state.lock:
+        for name, amount in add.items():
+            setattr(_state.counters, name, getattr(_state.counters, name) + amount)
