@@ -1,0 +1,279 @@
+"""The Triton lowering: a program becomes a module of `@triton.jit` functions that kernels take as constexpr arguments.
+
+The same text serves Gluon kernels: only element-wise operations appear in it, so every block keeps its layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+
+from flashloom.variant import ranges
+from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, INT_BOUNDS, Expr, Param, Program, topological
+
+TYPES = {BOOL: "tl.int1", INT32: "tl.int32", INT64: "tl.int64", FLOAT: "tl.float32"}
+BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/",
+          "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
+          "and": "&", "or": "|", "xor": "^", "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<",
+          "shr": ">>"}  # fmt: skip
+CALLS = {"abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2",
+         "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt",
+         "erf": "tl.erf", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "where": "tl.where",
+         "sigmoid": "_sigmoid", "tanh": "_tanh"}  # fmt: skip
+
+PRELUDE = """\
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _tanh(x):
+    # the quotient loses digits near 0, where three terms of the series are exact to float32
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    square = x * x
+    small = x * (1.0 - square * (0.33333334 - square * (0.13333334 - square * 0.05396825)))
+    return tl.where(tl.abs(x) < 0.18, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _floordiv(a, b):
+    # Triton truncates; a divisor of 0 gives 0
+    divisor = tl.where(b == 0, 1, b)
+    quotient = a // divisor
+    rest = a - quotient * divisor
+    quotient = quotient - tl.where((rest != 0) & ((rest < 0) != (divisor < 0)), 1, 0)
+    return tl.where(b == 0, 0, quotient)
+
+
+@triton.jit
+def _mod(a, b):
+    return tl.where(b == 0, 0, a - _floordiv(a, b) * b)
+
+
+@triton.jit
+def _clamp(index, size):
+    return tl.maximum(tl.minimum(index, size - 1), 0)
+
+
+@triton.jit
+def _block_range(pointer, lo, hi, size, stride):
+    # bounds over a 1-D block; (1, 0) of a block of bools that is all True and all False
+    lo = tl.maximum(tl.minimum(lo, size - 1), 0)
+    hi = tl.maximum(tl.minimum(hi, size - 1), 0)
+    columns = tl.arange(0, 128)
+    first = tl.load(pointer + lo.to(tl.int64) * stride)
+    least = tl.zeros([128], first.dtype) + first
+    most = least
+    for start in range(lo, hi + 1, 128):
+        index = start + columns
+        x = tl.load(pointer + index.to(tl.int64) * stride, mask=index <= hi, other=first)
+        least = tl.minimum(least, x)
+        most = tl.maximum(most, x)
+    return tl.min(least, 0), tl.max(most, 0)
+"""
+
+_ROW = ("batch", "q_head", "kv_head", "q_pos")
+_REQUEST = ("q_len", "kv_len", "q_start", "kv_start")
+ARGUMENTS = {
+    "logits_transform": ("logits", *_ROW, "kv_pos", *_REQUEST),
+    "logits_mask": (*_ROW, "kv_pos", *_REQUEST),
+    "query_transform": ("q", *_ROW, *_REQUEST, "dim"),
+    "key_transform": ("k", "batch", "kv_head", "kv_pos", *_REQUEST, "dim"),
+    "output_transform": ("out", "lse", *_ROW, *_REQUEST, "dim"),
+    "mask_bounds": (
+        "batch",
+        "kv_head",
+        "q_head_lo",
+        "q_head_hi",
+        "q_pos_lo",
+        "q_pos_hi",
+        "kv_pos_lo",
+        "kv_pos_hi",
+        *_REQUEST,
+    ),
+}
+HOOKS = {
+    "logits_transform": "logits",
+    "logits_mask": "mask",
+    "query_transform": "query",
+    "key_transform": "key",
+    "output_transform": "output",
+}
+
+
+def literal(value: bool | int | float, dtype: str) -> str:
+    if dtype == FLOAT and not math.isfinite(value):
+        return f'float("{value}")'
+    if dtype == INT64:
+        return f"tl.full([], {value}, tl.int64)"
+    return f"({value!r})" if dtype != BOOL and value < 0 else repr(value)
+
+
+class _Writer:
+    def __init__(self, program: Program):
+        self.words: dict[Param, int] = {}
+        word = 0
+        for p in program.params:
+            self.words[p] = word
+            word += 1 if p.kind == "scalar" else 1 + 2 * p.rank
+        self.lines: list[str] = []
+        self.names: dict[Expr, str] = {}
+        self.elements: dict[Expr, int] = {}
+        self.blocks: dict[tuple, str] = {}
+
+    def write(self, roots: tuple[Expr, ...]) -> list[str]:
+        """The names of the roots' values, after the statements that compute them."""
+        for node in topological(*roots):
+            if node in self.names:
+                continue
+            if node.op == "const":
+                self.names[node] = literal(node.attr, node.dtype)
+            elif node.op == "input":
+                self.names[node] = str(node.attr)
+            elif node.op == "element":
+                row = "q" if node.attr == "query" else "k"
+                self.names[node] = f"{row}[{self.elements.setdefault(node.args[0], len(self.elements))}]"
+            else:
+                name = f"t{len(self.lines)}"
+                self.lines.append(f"    {name} = {self.call(node)}")
+                self.names[node] = name
+        return [self.names[r] for r in roots]
+
+    def call(self, node: Expr) -> str:
+        a = [self.names[x] for x in node.args]
+        op, integer = node.op, node.args[0].dtype in INT_BOUNDS if node.args else False
+        if op == "param":
+            word = f"values[{self.words[node.attr]}]"
+            return f"{word} != 0" if node.dtype == BOOL else f"tl.cast({word}, {TYPES[node.dtype]})"
+        if op in ("load", "block_min", "block_max"):
+            return self.load(node, a) if op == "load" else self.block(node, a)
+        if op == "cast":
+            return f"tl.cast({a[0]}, {TYPES[node.dtype]})"
+        if op == "neg":
+            return f"-{a[0]}"
+        if op == "not":
+            return f"{a[0]} == 0"
+        if op == "bitnot":
+            return f"~{a[0]}"
+        if op == "isnan":
+            return f"{a[0]} != {a[0]}"
+        if op in ("min", "max"):
+            nan = "" if integer else ", propagate_nan=tl.PropagateNan.ALL"
+            return f"tl.{op}imum({a[0]}, {a[1]}{nan})"
+        if op in ("floordiv", "mod"):
+            if integer:
+                return f"_{op}({a[0]}, {a[1]})"
+            return f"tl.floor({a[0]} / {a[1]})" if op == "floordiv" else f"{a[0]} - tl.floor({a[0]} / {a[1]}) * {a[1]}"
+        if op in BINARY:
+            return f"{a[0]} {BINARY[op]} {a[1]}"
+        return f"{CALLS[op]}({', '.join(a)})"
+
+    def load(self, node: Expr, indices: list[str]) -> str:
+        p: Param = node.attr
+        w = self.words[p]
+        if p.kind == "bits":
+            bit = f"t{len(self.lines)}_bit"
+            self.lines.append(f"    {bit} = _clamp({indices[0]}, values[{w + 1}] * 8)")
+            return f"((tl.load(values[{w}] + {bit} // 8).to(tl.int32) >> ({bit} % 8).to(tl.int32)) & 1) != 0"
+        offset = [
+            f"_clamp({i}, values[{w + 1 + d}]).to(tl.int64) * values[{w + 1 + p.rank + d}]"
+            for d, i in enumerate(indices)
+        ]
+        value = f"tl.load({' + '.join([f'values[{w}]', *offset])})"
+        return f"{value} != 0" if node.dtype == BOOL else f"tl.cast({value}, {TYPES[node.dtype]})"
+
+    def block(self, node: Expr, corners: list[str]) -> str:
+        """1-D blocks are read; of others nothing is known."""
+        p: Param = node.attr
+        w = self.words[p]
+        if p.rank != 1 or p.kind == "bits" or node.dtype == FLOAT:
+            smallest = node.op == "block_min"
+            if node.dtype == BOOL:
+                return f"tl.full([], {not smallest}, tl.int1)"
+            value = literal(math.nan, FLOAT) if node.dtype == FLOAT else INT_BOUNDS[node.dtype][0 if smallest else 1]
+            return f"tl.full([], {value}, {TYPES[node.dtype]})"
+        pair = self.blocks.get((w, *corners))
+        if pair is None:
+            pair = self.blocks[(w, *corners)] = f"b{len(self.blocks)}"
+            call = f"_block_range(values[{w}], {corners[0]}, {corners[1]}, values[{w + 1}], values[{w + 2}])"
+            self.lines.append(f"    {pair}_lo, {pair}_hi = {call}")
+        value = f"{pair}_{'lo' if node.op == 'block_min' else 'hi'}"
+        return f"{value} != 0" if node.dtype == BOOL else f"tl.cast({value}, {TYPES[node.dtype]})"
+
+
+def _function(name: str, lines: list[str], result: str) -> list[str]:
+    return [
+        "",
+        "",
+        "@triton.jit",
+        f"def {name}({', '.join([*ARGUMENTS[name], 'values'])}):",
+        *lines,
+        f"    return {result}",
+    ]
+
+
+def render(program: Program) -> str:
+    """A module's text. Hooks that the program lacks are None; `QUERY_LOADS` and `KEY_LOADS` say how many elements a
+    vector hook reads, and `query_index(i, dim)`, `key_index(i, dim)` which. The program must be specialised if it has
+    vector hooks."""
+    lines = [PRELUDE.rstrip("\n")]
+    for name, hook in HOOKS.items():
+        root = getattr(program, hook)
+        if root is None:
+            lines += ["", "", f"{name} = None"]
+            if hook in ("query", "key"):
+                lines += [f"{hook}_index = None", f"{hook.upper()}_LOADS = 0"]
+            continue
+        writer = _Writer(program)
+        (result,) = writer.write((root,))
+        lines += _function(name, writer.lines, result)
+        if hook in ("query", "key"):
+            lines += _index(program, hook, writer.elements)
+    if program.mask is None:
+        lines += ["", "", "mask_bounds = None"]
+    else:
+        writer = _Writer(program)
+        every, some = writer.write(ranges.verdict(program))
+        lines += _function("mask_bounds", writer.lines, f"{every}, {some}")
+    return "\n".join([*lines, ""])
+
+
+def _index(program: Program, hook: str, elements: dict[Expr, int]) -> list[str]:
+    lines = ["", "", "@triton.jit", f"def {hook}_index(i: tl.constexpr, dim):"]
+    for index, number in elements.items():
+        writer = _Writer(program)
+        (result,) = writer.write((index,))
+        lines += [f"    {'if' if number == 0 else 'elif'} i == {number}:"]
+        lines += ["    " + line for line in [*writer.lines, f"    {hook}_{number} = {result}"]]
+        lines += [f"        return {hook}_{number}"]
+    return [*lines, "", "", f"{hook.upper()}_LOADS = {len(elements)}"]
+
+
+@lru_cache(maxsize=512)
+def load(program: Program) -> SimpleNamespace:
+    """The program's functions, ready to be passed to kernels, with QUERY_LOADS and KEY_LOADS. Triton reads a function's
+    source from its file, so the module is written to a private temporary folder; `text` is its content, which
+    identifies it."""
+    text = render(program)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    with tempfile.TemporaryDirectory(prefix="flashloom-") as folder:
+        path = Path(folder) / f"variant_{digest}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(f"flashloom_variant_{digest}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    names = [*HOOKS, "mask_bounds", "query_index", "key_index", "QUERY_LOADS", "KEY_LOADS"]
+    return SimpleNamespace(text=text, **{n: getattr(module, n) for n in names})

@@ -1,0 +1,310 @@
+"""The built-in variants, written with the public API: each is also an example of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from flashloom.variant.variant import Bits, PerHead, PerKeyToken, PerRequest, Variant
+
+
+class Full(Variant):
+    """Every query attends to every key."""
+
+
+class Causal(Variant):
+    """A query attends to keys at its own position and before (bottom-right aligned)."""
+
+    def logits_mask(self, at):
+        return at.kv_pos <= at.q_pos
+
+
+full, causal = Full(), Causal()
+
+
+class LeftWindow(Variant):
+    left: int
+
+    def logits_mask(self, at):
+        return at.kv_pos >= at.q_pos - self.left
+
+
+class RightWindow(Variant):
+    right: int
+
+    def logits_mask(self, at):
+        return at.kv_pos <= at.q_pos + self.right
+
+
+def sliding_window(left: int | None, right: int | None = None) -> Variant:
+    """Keep keys with kv_pos >= q_pos - left and, if right is given, kv_pos <= q_pos + right (tokens; Beltagy et al.
+    2020). A model's window of W tokens, the query's own included, is left = W - 1. None leaves that side open. Raises
+    ValueError for a negative width."""
+    for name, width in (("left", left), ("right", right)):
+        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 0):
+            raise ValueError(
+                f"sliding_window({name}={width!r}): a width is a number of tokens, 0 or more; None leaves the side open"
+            )
+    sides = ([LeftWindow(left=left)] if left is not None else []) + (
+        [RightWindow(right=right)] if right is not None else []
+    )
+    return full if not sides else sides[0] if len(sides) == 1 else sides[0] & sides[1]
+
+
+class SoftCap(Variant):
+    cap: float
+
+    def logits_transform(self, logits, at):
+        return self.cap * torch.tanh(logits * (1.0 / self.cap))  # one division per row, not one per logit
+
+
+def softcap(cap: float) -> Variant:
+    """Bound the logits smoothly: cap * tanh(logits / cap) (Gemma 2, Grok). Raises ValueError unless cap > 0."""
+    if not cap > 0 or math.isinf(cap):
+        raise ValueError(f"softcap({cap!r}): the cap must be a finite number above 0")
+    return SoftCap(cap=float(cap))
+
+
+class Alibi(Variant):
+    slopes: PerHead
+
+    def logits_transform(self, logits, at):
+        return logits + self.slopes[at.q_head] * (at.kv_pos - at.q_pos)
+
+
+def alibi_slopes(heads: int) -> torch.Tensor:
+    """The geometric slopes of Press et al. (2021) for any number of heads, float32 [heads]."""
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes, dtype=torch.float32)
+
+
+def alibi(slopes: torch.Tensor | int) -> Variant:
+    """Linear position bias, slope * (kv_pos - q_pos) (Press et al. 2021). `slopes` is a tensor [q_heads] or the number
+    of heads (standard slopes)."""
+    return Alibi(slopes=alibi_slopes(slopes) if isinstance(slopes, int) else slopes)
+
+
+class RopeHalf(Variant):
+    """Element i is rotated together with i + rotary_dim / 2 (llama's rotate-half); elements from rotary_dim on pass
+    unchanged."""
+
+    inv_freq: torch.Tensor
+    constant_dim: ClassVar[int]
+
+    def rotate(self, x, pos, at):
+        r, half = self.constant_dim, self.constant_dim // 2
+        angle = pos.to(torch.float32) * self.inv_freq[at.dim % half]
+        other = torch.where(at.dim < half, -1.0, 1.0) * x[torch.where(at.dim < r, (at.dim + half) % r, at.dim)]
+        return torch.where(at.dim < r, x * torch.cos(angle) + other * torch.sin(angle), x)
+
+    def query_transform(self, q, at):
+        return self.rotate(q, at.q_pos, at)
+
+    def key_transform(self, k, at):
+        return self.rotate(k, at.kv_pos, at)
+
+
+class RopeInterleaved(RopeHalf):
+    """Elements 2i and 2i + 1 are rotated together (GPT-J, the original RoFormer)."""
+
+    def rotate(self, x, pos, at):
+        r = self.constant_dim
+        angle = pos.to(torch.float32) * self.inv_freq[(at.dim % r) // 2]
+        other = (
+            torch.where(at.dim % 2 == 0, -1.0, 1.0) * x[torch.where(at.dim < r, at.dim + 1 - 2 * (at.dim % 2), at.dim)]
+        )
+        return torch.where(at.dim < r, x * torch.cos(angle) + other * torch.sin(angle), x)
+
+
+def rope_frequencies(
+    rotary_dim: int, theta: float = 10000.0, scaling: float | Mapping[str, Any] | None = None
+) -> torch.Tensor:
+    """Inverse frequencies theta ** (-2i / rotary_dim), float32 [rotary_dim / 2] (Su et al. 2021), computed in float64.
+
+    `scaling` is a factor (linear position interpolation, Chen et al. 2023: frequencies divided by it) or a model
+    configuration's mapping with rope_type "default", "linear" (factor) or "llama3" (factor, low_freq_factor,
+    high_freq_factor, original_max_position_embeddings).
+    """
+    if rotary_dim <= 0 or rotary_dim % 2:
+        raise ValueError(f"rotary dim {rotary_dim}: it must be even and positive")
+    inv_freq = theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    options: dict[str, Any] = (
+        {"rope_type": "linear", "factor": scaling} if isinstance(scaling, (int, float)) else dict(scaling or {})
+    )
+    kind = options.get("rope_type", options.get("type", "default"))
+    if kind == "linear":
+        inv_freq = inv_freq / options["factor"]
+    elif kind == "llama3":
+        factor, low, high = options["factor"], options["low_freq_factor"], options["high_freq_factor"]
+        turns = options["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        inv_freq = inv_freq * (blend + (1 - blend) / factor)
+    elif kind != "default":
+        raise ValueError(f"rope scaling {kind!r} is not known: use 'default', 'linear' or 'llama3', or pass inv_freq=")
+    return inv_freq.to(torch.float32)
+
+
+def rope(
+    dim: int,
+    *,
+    theta: float = 10000.0,
+    interleaved: bool = False,
+    scaling: float | Mapping[str, Any] | None = None,
+    inv_freq: torch.Tensor | None = None,
+) -> Variant:
+    """Rotary position embedding of queries and keys inside the kernel (Su et al. 2021), so that the cache holds keys
+    before rotation.
+
+    `dim` is the number of rotated elements (the head dim, or less: the rest passes unchanged), `interleaved=False`
+    rotates element i with i + dim / 2 as llama does, True rotates 2i with 2i + 1. `scaling` as for `rope_frequencies`;
+    `inv_freq` [dim / 2] replaces theta and scaling.
+    """
+    table = rope_frequencies(dim, theta, scaling) if inv_freq is None else inv_freq
+    if table.dim() != 1 or table.numel() * 2 != dim:
+        raise ValueError(
+            f"inv_freq has shape {tuple(table.shape)}: for {dim} rotated elements it must be ({dim // 2},)"
+        )
+    return _rope_class(dim, interleaved)(inv_freq=table)
+
+
+def _rope_class(dim: int, interleaved: bool) -> type[Variant]:
+    base = RopeInterleaved if interleaved else RopeHalf
+    return type(base.__name__, (base,), {"constant_dim": dim, "__module__": __name__})
+
+
+class Sink(Variant):
+    sinks: PerHead
+
+    def output_transform(self, out, lse, at):
+        return out * torch.sigmoid(lse - self.sinks[at.q_head])
+
+
+def sink(sinks: torch.Tensor) -> Variant:
+    """Attention sink: one more logit per query head that takes probability and adds no value (GPT-OSS; Xiao et al.
+    2023). `sinks` is [q_heads]."""
+    return Sink(sinks=sinks)
+
+
+class DocumentMask(Variant):
+    documents: PerKeyToken
+
+    def logits_mask(self, at):
+        return self.documents[at.kv_pos] == self.documents[at.q_pos]
+
+
+def document_mask(documents: torch.Tensor) -> Variant:
+    """Tokens attend within their own document. `documents` is an integer tensor [key tokens of the batch]: the document
+    of every token, queries included (self-attention). Compose with `causal` for packed training-style sequences."""
+    if documents.is_floating_point():
+        raise TypeError(f"documents has dtype {documents.dtype}: document numbers are integers")
+    return DocumentMask(documents=documents)
+
+
+class PrefixLM(Variant):
+    prefix_lens: PerRequest
+
+    def logits_mask(self, at):
+        return (at.kv_pos < self.prefix_lens[at.batch]) | (at.kv_pos <= at.q_pos)
+
+
+def prefix_lm(prefix_lens: torch.Tensor) -> Variant:
+    """Causal, but the first prefix_lens[request] keys are seen by all (Raffel et al. 2020). `prefix_lens` is an integer
+    tensor [requests]."""
+    return PrefixLM(prefix_lens=prefix_lens)
+
+
+class DenseMask(Variant):
+    mask: torch.Tensor
+    constant_rank: ClassVar[int]
+
+    def logits_mask(self, at):
+        row = at.q_pos - (at.kv_len - at.q_len)
+        leading = {2: (), 3: (at.batch,), 4: (at.batch, at.q_head)}[self.constant_rank]
+        return self.mask[(*leading, row, at.kv_pos)]
+
+
+class RaggedMask(Variant):
+    mask: torch.Tensor
+    indptr: PerRequest
+
+    def logits_mask(self, at):
+        row = at.q_pos - (at.kv_len - at.q_len)
+        return self.mask[self.indptr[at.batch].to(torch.int64) + row.to(torch.int64) * at.kv_len + at.kv_pos]
+
+
+class PackedMask(Variant):
+    bits: Bits
+    indptr: PerRequest
+
+    def logits_mask(self, at):
+        row = at.q_pos - (at.kv_len - at.q_len)
+        return self.bits[self.indptr[at.batch].to(torch.int64) * 8 + row.to(torch.int64) * at.kv_len + at.kv_pos]
+
+
+def _starts(indptr: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    indptr = torch.as_tensor(indptr)
+    if indptr.dim() != 1 or indptr.numel() < 2 or indptr.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indptr is {indptr.dtype} {tuple(indptr.shape)}: give int32 or int64 [requests + 1]")
+    return indptr[:-1]
+
+
+def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Variant:
+    """An arbitrary bool mask, True keeps. Row i is query token i of the step.
+
+    `mask` is [q_len, kv_len], [requests, q_len, kv_len] or [requests, q_heads, q_len, kv_len] (a dimension may be
+    broadcast with expand). With `indptr` [requests + 1] it is flat: request b's [q_len, kv_len] mask in row-major order
+    begins at indptr[b].
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"custom_mask has dtype {mask.dtype}: give bool (True keeps the key); for additive scores write a "
+            "logits_transform"
+        )
+    if indptr is not None:
+        return RaggedMask(mask=mask, indptr=_starts(indptr))
+    if mask.dim() not in (2, 3, 4):
+        raise ValueError(
+            f"custom_mask has shape {tuple(mask.shape)}: give [q, kv], [requests, q, kv], [requests, q_heads, q, "
+            "kv], or flat with indptr"
+        )
+    cls = type("DenseMask", (DenseMask,), {"constant_rank": mask.dim(), "__module__": __name__})
+    return cls(mask=mask)
+
+
+def packed_mask(bits: torch.Tensor, indptr: torch.Tensor) -> Variant:
+    """A bool mask packed 8 to a byte, little bit order, uint8. Request b's [q_len, kv_len] mask in row-major order
+    begins at byte indptr[b]."""
+    return PackedMask(bits=bits, indptr=_starts(indptr))
+
+
+class LengthTemperature(Variant):
+    inv_log_length: float
+
+    def logits_transform(self, logits, at):
+        return logits * torch.clamp(torch.log((at.q_pos + 1).to(torch.float32)) * self.inv_log_length, min=1.0)
+
+
+def length_temperature(train_length: int) -> Variant:
+    """Sharpen attention beyond the trained length: logits * max(1, log(q_pos + 1) / log(train_length)) (Su 2021, log-n
+    scaling)."""
+    if train_length < 2:
+        raise ValueError(f"length_temperature({train_length}): the trained length must be at least 2 tokens")
+    return LengthTemperature(inv_log_length=1 / math.log(train_length))
+
+
+class Sigmoid(Variant):
+    softmax = False
+    bias: float
+
+    def logits_transform(self, logits, at):
+        return torch.sigmoid(logits + self.bias)
+
+
+def sigmoid(bias: float = 0.0) -> Variant:
+    """Sigmoid attention: the weights are sigmoid(logits + bias), without normalisation (Ramapuram et al. 2024)."""
+    return Sigmoid(bias=float(bias))
