@@ -1,0 +1,321 @@
+"""Attention: what a layer computes. Its plans, made for a batch, run it with no decision left to make."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashloom import dispatch, settings
+from flashloom.attention import check
+from flashloom.attention.batch import Batch, Reserve
+from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.shape import HeadShape
+from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout
+from flashloom.kv_cache.views import as_kv
+from flashloom.variant import full
+from flashloom.variant.variant import Variant
+
+_handles = itertools.count(1)
+#: Plans by handle, for calls that come back through torch.library.
+PLANS: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+_VARIANTS_KEPT = 256  # per plan: other instances of the variant that were accepted
+
+
+class Attention:
+    """What one kind of layer computes: heads, variant, dtypes. Thread-safe, cheap, and independent of any batch.
+
+    heads: HeadShape. dtype: that of the queries (float32, float16, bfloat16, or 8-bit floats); kv_dtype: that of keys
+    and values, `dtype` unless given (also float8_e4m3fn, float8_e5m2, int8). layout: memory order of page tensors
+    passed as tuples, "NHD" or "HND". sm_scale: 1 / sqrt(heads.dim) unless given. batch_invariant: a request's result
+    does not depend on the batch's other requests. device: the first GPU, or the CPU where there is none. Raises
+    TypeError or ValueError with the value, the rule and the fix."""
+
+    def __init__(
+        self,
+        heads: HeadShape,
+        *,
+        variant: Variant = full,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+        layout: str = "NHD",
+        sm_scale: float | None = None,
+        batch_invariant: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        if not isinstance(heads, HeadShape):
+            raise TypeError(f"heads is {type(heads).__name__}: give a HeadShape(q_heads, kv_heads, dim)")
+        if not isinstance(variant, Variant):
+            raise TypeError(
+                f"variant is {type(variant).__name__}: give a Variant, such as fl.causal or YourVariant(...)"
+            )
+        check.dtype("dtype", dtype, check.Q_DTYPES)
+        kv_dtype = dtype if kv_dtype is None else kv_dtype
+        check.dtype("kv_dtype", kv_dtype, KV_DTYPES)
+        self.heads, self.variant, self.dtype, self.kv_dtype, self.layout = (
+            heads,
+            variant,
+            dtype,
+            kv_dtype,
+            check_layout(layout),
+        )
+        self.sm_scale = check.scale(sm_scale, heads.dim**-0.5)
+        self.batch_invariant = bool(batch_invariant)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.empty(0, device=device).device  # with an index, so that comparisons are exact
+        self.values = variant.values
+        check.fields(variant.program, self.values, heads, self.device)
+        program = variant.program.specialise(heads.dim, heads.value_dim)
+        self._specs = [
+            AttentionSpec(heads, program, dtype, kv_dtype, self.batch_invariant, sparse) for sparse in (False, True)
+        ]
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """What is asked of a kernel."""
+        return self._specs[0]
+
+    def plan(self, batch: Batch, *, reserve: Reserve | None = None) -> Plan:
+        """Choose and prepare kernels for a batch. The plan's `update` takes later batches, within `reserve` if one is
+        given."""
+        return Plan(self, batch, reserve)
+
+    def __repr__(self) -> str:
+        names = [str(d).removeprefix("torch.") for d in (self.dtype, self.kv_dtype)]
+        return f"Attention({self.heads}, variant={self.variant}, dtype={names[0]}, kv_dtype={names[1]}, {self.device})"
+
+
+class Plan:
+    """An Attention prepared for a batch; made by `Attention.plan`. It belongs to one thread and one stream at a
+    time."""
+
+    def __init__(self, attention: Attention, batch: Batch, reserve: Reserve | None):
+        if reserve is not None and not isinstance(reserve, Reserve):
+            raise TypeError(f"reserve is {type(reserve).__name__}: give a Reserve(requests=, tokens=, pages=)")
+        self.attention, self._reserve = attention, reserve
+        heads, self._device = attention.heads, attention.device
+        self._program, self._variant, self._values = attention.variant.program, attention.variant, attention.values
+        self._others: dict[int, tuple[Variant, tuple[Any, ...]]] = {}
+        self._per_batch = any(p.kind in ("request", "query", "key") for p in self._program.params)
+        self._values_grad = any(isinstance(v, Tensor) and v.requires_grad for v in self._values)
+        self._q_dtype, self._sm_scale, self._row = attention.dtype, attention.sm_scale, (heads.q_heads, heads.value_dim)
+        self._softmax = self._program.softmax
+        self._cuda_index = self._device.index if self._device.type == "cuda" else None
+        self._stream: int | None = None
+        self._busy = threading.Lock()
+        check.batch(batch, self._device)
+        spec = attention._specs[batch.blocks is not None]
+        self._out_dtype = spec.out_dtype
+        self._accept_batch(batch)
+        self._executor, self._refusals = dispatch.plan(spec, self._device, batch, reserve)
+        self.handle = next(_handles)
+        PLANS[self.handle] = self
+
+    # --- run ---
+
+    def run(
+        self,
+        q: Tensor,
+        kv: KV | tuple,
+        *,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+        partial: bool = False,
+        variant: Variant | None = None,
+    ) -> Any:
+        """Attention of q [tokens, q_heads, dim] over `cache[i]`, (k, v) or (k, v, k_scale, v_scale).
+
+        Returns out [tokens, q_heads, value_dim] in q's dtype (bfloat16 for 8-bit q), or (out, lse) with return_lse;
+        lse float32 [tokens, q_heads], natural logarithm, before output_transform. With `out` and `lse` given nothing
+        is allocated; rows beyond the batch stay untouched. partial: leave output_transform to `merge`. variant:
+        another instance of the planned variant (a layer's own sinks, slopes, scales). A row with nothing to attend to
+        gives 0 and -inf. Raises TypeError, ValueError or RuntimeError before any work."""
+        if torch.compiler.is_compiling():
+            from flashloom.attention import library
+
+            return library.run(self, q, kv, out, lse, return_lse, partial, variant)
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
+            )
+        try:
+            if (
+                type(q) is not Tensor
+                or q.shape != self._q_shape
+                or q.dtype is not self._q_dtype
+                or q.stride(2) != 1
+                or q.device != self._device
+                or q.requires_grad
+            ):
+                self._accept_q(q)
+            if type(kv) is not KV:
+                kv = as_kv(
+                    *check.raw_kv(kv, self._batch, self.attention.heads),
+                    ragged=self._batch.ragged,
+                    layout=self.attention.layout,
+                )
+            if kv.signature is not self._kv_signature:
+                self._accept_kv(kv)
+            if out is None:
+                out = torch.empty((q.shape[0], *self._row), dtype=self._out_dtype, device=self._device)
+            elif (
+                type(out) is not Tensor
+                or out.shape != self._out_shape
+                or out.dtype is not self._out_dtype
+                or out.stride(2) != 1
+                or out.device != self._device
+                or out.requires_grad
+            ):
+                check.output(out, q, self.attention.heads, self._device)
+            if lse is not None or return_lse:
+                lse = self._accept_lse(lse, q)
+            values = self._values if variant is None or variant is self._variant else self._values_of(variant)
+            if self._values_grad:
+                check.fields(self._program, values, self.attention.heads, self._device)
+            if self._cuda_index is not None:
+                self._check_stream()
+            if self._nothing:
+                return (out, lse) if return_lse else out
+            self._executor.run(q, kv, out, lse, sm_scale=self._sm_scale, partial=partial, values=values)
+        finally:
+            self._busy.release()
+        return (out, lse) if return_lse else out
+
+    def _accept_q(self, q: Tensor) -> None:
+        check.query(q, self.attention.heads, self._q_dtype, self._device, self._batch)
+        self._q_shape, self._out_shape = q.shape, torch.Size((q.shape[0], *self._row))
+
+    def _accept_kv(self, kv: KV) -> None:
+        if kv.signature == self._kv_signature and not self._contents:
+            return
+        check.keys_values(
+            kv, self.attention.heads, self.attention.kv_dtype, self._device, self._checked, self._contents
+        )
+        if (kv.k.requires_grad or kv.v.requires_grad) is False:
+            self._kv_signature = kv.signature
+
+    def _accept_lse(self, lse: Tensor | None, q: Tensor) -> Tensor:
+        if not self._softmax:
+            raise ValueError(
+                "this variant has softmax = False, so there is no lse: leave out lse= and return_lse; its partial "
+                "results add"
+            )
+        if lse is None:
+            return torch.empty((q.shape[0], self._row[0]), dtype=torch.float32, device=self._device)
+        if (
+            type(lse) is not Tensor
+            or lse.shape != self._out_shape[:2]
+            or lse.dtype is not torch.float32
+            or lse.device != self._device
+        ):
+            check.logsumexp(lse, q, self.attention.heads, self._device)
+        return lse
+
+    def _values_of(self, variant: Variant) -> tuple[Any, ...]:
+        """The values of another instance of the planned variant, checked when first seen."""
+        known = self._others.get(id(variant))
+        if known is not None:
+            return known[1]
+        if not isinstance(variant, Variant):
+            raise TypeError(f"variant is {type(variant).__name__}: give another instance of the planned variant")
+        if variant.program.digest != self._program.digest:
+            raise ValueError(
+                f"variant={variant} is another expression than the planned {self._variant}: run() takes another "
+                "instance of the planned variant "
+                "(other numbers, same code, dtypes and ranks); plan an Attention with this variant instead"
+            )
+        values = variant.values
+        check.fields(self._program, values, self.attention.heads, self._device)
+        check.batch_fields(self._program, values, self._batch)
+        self._values_grad = self._values_grad or any(isinstance(v, Tensor) and v.requires_grad for v in values)
+        if len(self._others) >= _VARIANTS_KEPT:
+            self._others.clear()
+        self._others[id(variant)] = (variant, values)
+        return values
+
+    def _check_stream(self) -> None:
+        """One stream at a time: moving to another one is fine once the work on the former is done (or is being
+        captured)."""
+        stream = torch._C._cuda_getCurrentRawStream(self._cuda_index)
+        if stream != self._stream:
+            if self._stream is not None and not torch.cuda.is_current_stream_capturing():
+                former = torch.cuda.ExternalStream(self._stream, device=self._device)
+                if not former.query():
+                    raise RuntimeError(
+                        "this plan still has work on another stream: a plan belongs to one stream at a time; wait for "
+                        "that stream or make a plan "
+                        "per stream"
+                    )
+            self._stream = stream
+
+    # --- update ---
+
+    def update(self, batch: Batch) -> None:
+        """Follow a batch with other lengths, tables and number of requests, within the reserve; compiles nothing, and
+        no address changes. Kind of KV, page size and device stay those of the planned batch; exceeding the reserve is
+        a ValueError."""
+        if not self._busy.acquire(blocking=False):
+            raise RuntimeError(
+                "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
+            )
+        try:
+            check.batch(batch, self._device)
+            old = self._batch
+            for name, was, now in (
+                ("a page size of", old.page_size, batch.page_size),
+                ("KV", "ragged" if old.ragged else "paged", "ragged" if batch.ragged else "paged"),
+                ("lengths on", old.device, batch.device),
+                ("a block pattern:", old.blocks is not None, batch.blocks is not None),
+            ):
+                if was != now:
+                    raise ValueError(
+                        f"update: the plan was made for {name} {was} and the batch has {now}: make another plan"
+                    )
+            self._accept_batch(batch)
+            if self._cuda_index is not None:
+                self._check_stream()
+            self._executor.update(batch)
+        finally:
+            self._busy.release()
+
+    def _accept_batch(self, batch: Batch) -> None:
+        if self._reserve is not None:
+            self._reserve.check(batch)
+        self._contents = not batch.host and settings.get().check
+        checked = batch.to_host() if self._contents else batch
+        if self._per_batch:
+            check.batch_fields(self._program, self._values, checked)
+            self._others.clear()
+        self._batch, self._checked, self._nothing = batch, checked, batch.tokens == 0
+        # what run() compares arguments with: the next run diagnoses them anew
+        self._q_shape: torch.Size | None = None
+        self._out_shape: torch.Size = torch.Size(())
+        self._kv_signature: tuple | None = None
+
+    # --- looking ---
+
+    @property
+    def batch(self) -> Batch:
+        """The batch that `run` computes now."""
+        return self._batch
+
+    @property
+    def executor(self) -> str:
+        """The name of the backend that serves this plan."""
+        return self._executor.name
+
+    @property
+    def workspace_size(self) -> int:
+        """Bytes of the buffers that the plan owns."""
+        return self._executor.workspace_size
+
+    def explain(self) -> str:
+        """Which kernel and config serve this plan, and why not the others."""
+        lines = [f"{self.attention}", f"{self._batch}", f"{self._executor.name}: {self._executor.explain()}"]
+        return "\n".join([*lines, *(f"not {name}: {reason}" for name, reason in self._refusals)])

@@ -1,0 +1,70 @@
+"""What is asked of an attention kernel, and what a backend must answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from flashloom.attention.batch import Batch, Reserve
+from flashloom.attention.shape import HeadShape
+from flashloom.kv_cache.cache import KV
+from flashloom.variant.expr import Program
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Everything but the device that picks a kernel; all of it is known at plan time. `program` is specialised to the
+    head widths; `block_sparse` says that batches carry a block pattern."""
+
+    heads: HeadShape
+    program: Program
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+    batch_invariant: bool = False
+    block_sparse: bool = False
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """What run() allocates: q's dtype, bfloat16 for 8-bit queries. A caller's `out=` may also be any of the other
+        float dtypes."""
+        return torch.bfloat16 if self.q_dtype.itemsize == 1 else self.q_dtype
+
+
+class Executor(Protocol):
+    """One backend's side of a plan. `Attention` has validated every argument; an executor owns its buffers and never
+    hands one out."""
+
+    name: str
+    workspace_size: int
+    """Bytes of the buffers it owns."""
+
+    def __init__(self, spec: AttentionSpec, device: torch.device): ...
+
+    @classmethod
+    def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
+        """Why it cannot serve this, in a few words, or None."""
+
+    def plan(self, batch: Batch, reserve: Reserve | None) -> None:
+        """Choose the config, build or load kernels, schedule. May raise kernel.NoCompiler."""
+
+    def update(self, batch: Batch) -> None:
+        """Follow new lengths and tables, without compiling; within the reserve no buffer moves."""
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: KV,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        *,
+        sm_scale: float,
+        partial: bool,
+        values: tuple[Any, ...],
+    ) -> None:
+        """Write out [rows, q_heads, value_dim] (float32, float16 or bfloat16, inner stride 1) and lse float32 [rows,
+        q_heads] for the batch's tokens; rows beyond them stay untouched. `values` are those of program.params."""
+
+    def explain(self) -> str:
+        """Which kernel and config serve this plan, and why."""

@@ -1,0 +1,106 @@
+"""Joining partial attention states: two results over different keys become the result over all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from flashloom.lower.torch import evaluate
+from flashloom.variant.expr import inputs_of
+from flashloom.variant.variant import Variant
+
+_MERGEABLE = {"out", "lse", "q_head", "dim", "head_dim"}
+
+
+def merge(
+    out_a: torch.Tensor,
+    lse_a: torch.Tensor | None,
+    out_b: torch.Tensor,
+    lse_b: torch.Tensor | None,
+    variant: Variant | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Merge two partial results (`run(..., partial=True, return_lse=True)`) of the same queries over disjoint keys.
+
+    out: [tokens, q_heads, value_dim] (or [batch, q_heads, tokens, value_dim]), lse: float32, natural logarithm, out's
+    shape without its last dimension. Returns (out, lse) of both together, out in out_a's dtype. `variant` applies its
+    output_transform, once; leave it out while more parts follow. Without softmax partial results add, and lse is None.
+    Where both are -inf the result is 0 and -inf. Method: log-sum-exp weights (Milakov and Gimelshein 2018)."""
+    program = None if variant is None else variant.program
+    softmax = True if program is None else program.softmax
+    if program is not None and program.output is not None and not inputs_of(program.output) <= _MERGEABLE:
+        others = ", ".join(sorted(inputs_of(program.output) - _MERGEABLE))
+        raise ValueError(
+            f"the variant's output_transform reads {others}, which merge does not know: apply it to the merged result "
+            "yourself"
+        )
+    if program is None and lse_a is None and lse_b is None:
+        softmax = False
+    if (lse_a is None or lse_b is None) and softmax:
+        raise ValueError(
+            "merge needs both lse: pass those that run(..., partial=True, return_lse=True) returned (None only without "
+            "softmax)"
+        )
+    if lse_a is not None and lse_b is not None and not softmax:
+        raise ValueError("the variant has no softmax, so its parts have no lse: pass None for both")
+    _check(out_a, lse_a, out_b, lse_b)
+    dtype = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    a, b = out_a.to(dtype), out_b.to(dtype)
+    if not softmax:
+        out, lse = a + b, None
+    else:
+        assert lse_a is not None
+        assert lse_b is not None
+        top = torch.maximum(lse_a, lse_b).to(dtype)
+        safe = torch.where(top == -torch.inf, 0, top)
+        weight_a, weight_b = torch.exp(lse_a.to(dtype) - safe), torch.exp(lse_b.to(dtype) - safe)
+        total = weight_a + weight_b
+        # a part without keys has weight 0: its rows must not count, whatever they hold
+        out = torch.where(weight_a.unsqueeze(-1) == 0, 0, a * (weight_a / total).unsqueeze(-1))
+        out = out + torch.where(weight_b.unsqueeze(-1) == 0, 0, b * (weight_b / total).unsqueeze(-1))
+        lse = safe + torch.log(total)
+    if program is not None and program.output is not None:
+        assert variant is not None
+        out = _transform(variant, out, lse)
+    if lse is not None:
+        out = torch.where((lse == -torch.inf).unsqueeze(-1), 0, out)
+        lse = lse.to(torch.float32)
+    return out.to(out_a.dtype), lse
+
+
+def _transform(variant: Variant, out: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
+    heads = torch.arange(out.shape[1], dtype=torch.int32, device=out.device).view(-1, *[1] * (out.dim() - 2))
+    inputs = {
+        "out": out,
+        "q_head": heads,
+        "dim": torch.arange(out.shape[-1], dtype=torch.int32, device=out.device),
+        "head_dim": torch.tensor(out.shape[-1], dtype=torch.int32, device=out.device),
+    }
+    if lse is not None:
+        inputs["lse"] = lse.unsqueeze(-1)
+    return evaluate(variant.program, "output", inputs, variant.values, out.dtype).expand_as(out)
+
+
+def _check(out_a: torch.Tensor, lse_a: torch.Tensor | None, out_b: torch.Tensor, lse_b: torch.Tensor | None) -> None:
+    for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        if x is None:
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}: give a tensor")
+        if not x.dtype.is_floating_point or x.dtype.itemsize == 1:
+            raise TypeError(f"{name} has dtype {x.dtype}: must be float32, float16 or bfloat16")
+        if x.device != out_a.device:
+            raise ValueError(
+                f"{name} is on {x.device} and out_a on {out_a.device}: must be the same; move it with "
+                f".to({str(out_a.device)!r})"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name} requires grad, and flashloom computes no gradients: work under torch.no_grad(), or pass "
+                f"{name}.detach()"
+            )
+        shape = tuple(out_a.shape[:-1] if name.startswith("lse") else out_a.shape)
+        if out_a.dim() not in (3, 4) or tuple(x.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and out_a {tuple(out_a.shape)}: out is [tokens, q_heads, "
+                "value_dim] or [batch, q_heads, tokens, "
+                "value_dim], the same for both parts, and lse the same without the last dimension"
+            )

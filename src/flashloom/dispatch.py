@@ -1,0 +1,97 @@
+"""Which backend serves what: the only place that decides."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from flashloom.attention.batch import Batch, Reserve
+    from flashloom.attention.executor import AttentionSpec, Executor
+
+#: Attention executors by kind of device, the preferred first; a module is imported when it is first asked for.
+ATTENTION: dict[str, list[str]] = {
+    "cpu": ["flashloom.attention.reference:ReferenceExecutor"],
+    "cuda": ["flashloom.attention.reference:ReferenceExecutor"],
+}
+#: Kernels of `fl.append` by kind of device, called as append_reference is; without one the reference serves.
+APPEND: dict[str, str] = {}
+
+_only: ContextVar[str | None] = ContextVar("flashloom_executor", default=None)
+_warned: set[str] = set()
+
+
+def _find(name: str) -> Any:
+    module, attribute = name.split(":")
+    return getattr(import_module(module), attribute)
+
+
+@contextmanager
+def only(name: str | None) -> Iterator[None]:
+    """Within it, plans use the executor of this name ("reference", "cpu", ...) and no other; None lifts the
+    restriction. For comparisons."""
+    token = _only.set(name)
+    try:
+        yield
+    finally:
+        _only.reset(token)
+
+
+def choose(spec: AttentionSpec, device: torch.device) -> list[tuple[type[Executor], str | None]]:
+    """The executors for this device in order of preference, each with the reason why it cannot serve the spec, or
+    None."""
+    if device.type not in ATTENTION:
+        raise ValueError(f"device {device}: flashloom computes on {' and '.join(ATTENTION)}; move the tensors there")
+    chosen = _only.get()
+    answers: list[tuple[type[Executor], str | None]] = []
+    for executor in map(_find, ATTENTION[device.type]):
+        wanted = chosen is None or executor.name == chosen
+        answers.append((executor, executor.refuses(spec, device) if wanted else f"only {chosen!r} was asked for"))
+    return answers
+
+
+def plan(
+    spec: AttentionSpec, device: torch.device, batch: Batch, reserve: Reserve | None
+) -> tuple[Executor, list[tuple[str, str]]]:
+    """The first executor that serves the spec, planned for the batch, and the refusals of those before it as (name,
+    reason)."""
+    refusals: list[tuple[str, str]] = []
+    for cls, reason in choose(spec, device):
+        if reason is None:
+            try:
+                executor = cls(spec, device)
+                executor.plan(batch, reserve)
+                return executor, refusals
+            except RuntimeError as error:
+                if type(error).__name__ != "NoCompiler":
+                    raise
+                reason = _no_compiler(cls.name, error)
+        refusals.append((cls.name, reason))
+    raise RuntimeError(
+        "no backend serves this attention: " + "; ".join(f"{name}: {reason}" for name, reason in refusals)
+    )
+
+
+def _no_compiler(name: str, error: Exception) -> str:
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(
+            f"flashloom computes attention with its slow torch reference: {error}. On Debian or Ubuntu `apt install "
+            "g++` provides a compiler; "
+            "`flashloom doctor` shows what was found.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return f"no compiler ({error})"
+
+
+def append_kernel(device: torch.device) -> Callable[..., None] | None:
+    """The kernel that writes tokens into a cache on this device, if there is one."""
+    name = APPEND.get(device.type)
+    return None if name is None else _find(name)
