@@ -89,7 +89,7 @@ def _level(text: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    "cache_dir": lambda text: Path(text).expanduser(),
+    "cache_dir": lambda text: Path(text).expanduser().absolute(),
     "cache_size": _bytes,
     "resident": _positive(int),
     "trusted": lambda text: tuple(Path(part).expanduser() for part in text.split(":") if part),
@@ -154,11 +154,9 @@ def configure(**fields: Any) -> Settings:
         if field not in _PARSERS:
             raise TypeError(f"{field!r} is not a setting; the settings are {', '.join(_PARSERS)}")
         try:
-            values[field] = _PARSERS[field](value) if isinstance(value, str) else value
+            values[field] = _PARSERS[field](str(value)) if isinstance(value, str | Path) else value
         except ValueError as error:
             raise ValueError(f"{field}={value!r} cannot be read: {error}") from None
-    if isinstance(values.get("cache_dir"), str | os.PathLike):
-        values["cache_dir"] = Path(values["cache_dir"])
     with _lock:
         _current = dataclasses.replace(get(), **values)
         if "log" in values:

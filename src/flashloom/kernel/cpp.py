@@ -12,8 +12,8 @@ import platform
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,44 +184,42 @@ def _explain(name: str, compiler: Compiler, code: int, errors: str, folder: Path
     )
 
 
-def _includes(source: str, folders: Iterable[Path]) -> dict[str, str]:
-    """Digests of all headers that the source includes and that these folders have, by the name they are included by.
+def _includes(source: str, folders: Sequence[Path]) -> dict[str, str]:
+    """Digests of all headers that the source includes and that these folders have, by their name in the folder.
 
     Headers of the compiler and of the system are covered by the compiler's version. Every #include counts, also one
-    that the
-    preprocessor would leave out.
+    that the preprocessor would leave out.
     """
-    folders = tuple(folders)
+    places = [os.path.normpath(folder) for folder in folders]
     found: dict[str, str] = {}
-    pending: list[tuple[str, Path | None]] = [(source, None)]
+    pending = [(quoted, angled, "") for quoted, angled in _INCLUDE.findall(source)]
     while pending:
-        text, place = pending.pop()
-        for quoted, angled in _INCLUDE.findall(text):
-            name = quoted or angled
-            near = [place] if place is not None and quoted else []
-            path = next((folder / name for folder in [*near, *folders] if (folder / name).is_file()), None)
-            if path is None and quoted:
-                raise CompileError(f'#include "{name}" is in none of {", ".join(map(str, [*near, *folders]))}')
-            if path is not None:
-                body = path.read_text()
-                shown = _shown(path, folders)
-                if shown not in found:
-                    found[shown] = store.digest(body)
-                    pending.append((body, path.parent))
+        quoted, angled, beside = pending.pop()
+        near = [beside] if quoted and beside else []
+        for place in [*near, *places]:
+            path = os.path.normpath(os.path.join(place, quoted or angled))
+            with suppress(FileNotFoundError, NotADirectoryError):
+                status = os.stat(path)
+                name = next((path[len(p) + 1 :] for p in places if path.startswith(p + os.sep)), os.path.basename(path))
+                if name not in found:
+                    found[name], inner = _scan(path, status.st_ctime_ns, status.st_ino, status.st_size)
+                    pending += [(*include, os.path.dirname(path)) for include in inner]
+                break
+        else:
+            if quoted:
+                raise CompileError(f'#include "{quoted}" is in none of {", ".join([*near, *places])}')
     return found
 
 
-def _shown(path: Path, folders: Iterable[Path]) -> str:
-    """The header's name relative to its include folder: the same wherever the package is installed."""
-    path = Path(os.path.normpath(path))
-    for folder in folders:
-        if path.is_relative_to(folder):
-            return str(path.relative_to(folder))
-    return path.name
+@functools.lru_cache(4096)
+def _scan(path: str, *status: int) -> tuple[str, list[tuple[str, str]]]:
+    """A header's digest and what it includes. Its status says when to read it again within this process."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    return store.digest(text), _INCLUDE.findall(text)
 
 
 _loaded: dict[str, Module] = {}
-_loading = threading.Lock()
 
 
 def build(
@@ -237,6 +235,5 @@ def build(
     module = _loaded.get(request)
     if module is None:
         module = kernel.load()
-        with _loading:
-            module = _loaded.setdefault(request, module)
+        module = _loaded.setdefault(request, module)
     return module

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any
 from flashloom import settings
 from flashloom.store.entry import Corrupt, Key, parse_manifest
 from flashloom.store.folder import Folder
+from flashloom.store.locks import local_folder
 
 __all__ = ["Usage", "after_publish", "manifests", "prune", "usage"]
 
@@ -48,6 +51,7 @@ def usage(folder: Folder) -> list[Usage]:
 def prune(folder: Folder, limit: int) -> list[Usage]:
     """Remove the least recently used entries until the rest takes at most ``limit`` bytes; returns what was removed."""
     folder.remove_old()
+    remove_old_builds()
     entries = usage(folder)
     total = sum(item.bytes for item in entries)
     removed = []
@@ -59,6 +63,15 @@ def prune(folder: Folder, limit: int) -> list[Usage]:
             removed.append(item)
         total -= item.bytes
     return removed
+
+
+def remove_old_builds(seconds: float = 24 * 3600.0) -> None:
+    """Remove build folders on this host that failed or whose process was killed, once they are this old."""
+    place = local_folder()
+    for path in place.glob("build-*") if place else ():
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def after_publish(folder: Folder) -> None:

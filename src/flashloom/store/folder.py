@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -257,8 +258,6 @@ def bounded(seconds: float, work: Callable[[], object]) -> object:
     """Run ``work`` in a thread of its own for at most ``seconds``. Raises TimeoutError when it takes longer, else
     what it raised.
     """
-    import threading
-
     result: list[object] = []
     failure: list[BaseException] = []
 

@@ -4,6 +4,7 @@ processes.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -102,7 +103,7 @@ def _wait_for_slot(done: Callable[[], bool]) -> Lock | None:
     if folder is None:
         return None
     paths = [folder / f"job-{i}" for i in range(job_limit())]
-    while True:
+    for round in itertools.count(1):
         youngest = float("inf")
         for path in random.sample(paths, len(paths)):
             answer = take(path)
@@ -111,6 +112,7 @@ def _wait_for_slot(done: Callable[[], bool]) -> Lock | None:
             if not isinstance(answer, Busy):
                 return None
             youngest = min(youngest, answer.age)
-        if youngest > settings.get().wait or done():
-            return None
-        time.sleep(random.uniform(0.005, 0.02))
+        if youngest > settings.get().wait or (round % 10 == 0 and done()):
+            break
+        time.sleep(random.uniform(0.01, 0.04))
+    return None

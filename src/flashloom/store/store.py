@@ -25,7 +25,7 @@ import platformdirs
 
 from flashloom import settings
 from flashloom.store import evict
-from flashloom.store.entry import Corrupt, Entry, Key, difference
+from flashloom.store.entry import Corrupt, Entry, Key, difference, digest
 from flashloom.store.folder import Folder, Refused, bounded
 from flashloom.store.jobs import job_slot
 from flashloom.store.locks import Busy, Lock, local_folder, take
@@ -109,8 +109,13 @@ def is_sealed() -> bool:
 
 
 def default_folder() -> Folder:
-    """The user's store: ``FLASHLOOM_CACHE_DIR``, or ``flashloom`` in the user's cache folder."""
+    """The user's store: ``FLASHLOOM_CACHE_DIR``, or ``flashloom`` in the user's cache folder.
+
+    Raises RuntimeError when there is no such folder.
+    """
     root = settings.get().cache_dir or Path(platformdirs.user_cache_dir("flashloom", appauthor=False))
+    if not root.is_absolute():
+        raise RuntimeError("this user has no home folder; FLASHLOOM_CACHE_DIR names another place")
     return Folder(root, trusted=is_trusted(root))
 
 
@@ -141,7 +146,10 @@ def get_or_build(
     try:
         tools = toolchain()
     except NoToolchain:
-        return _without_toolchain(request)
+        found = _of_any_toolchain(request)
+        if found is None:
+            raise
+        return _hit(found)
     key = Key.of(fields, tools)
     with _alone(key):
         found = _state.memory.get(key) or _read(key)
@@ -167,15 +175,10 @@ def _hit(entry: Entry) -> Entry:
     return entry
 
 
-def _without_toolchain(request: str) -> Entry:
-    """On a host without the compiler, what any compiler made of the same request serves. Raises NoToolchain when
-    there is none.
-    """
-    for key in _on_disk("reading", lambda folder: folder.keys(request)) or ():
-        found = _read(key)
-        if found is not None:
-            return _hit(found)
-    raise
+def _of_any_toolchain(request: str) -> Entry | None:
+    """On a host without the compiler, what any compiler made of the same request serves."""
+    keys = _on_disk("reading", lambda folder: folder.keys(request)) or []
+    return next((found for found in map(_read, keys) if found is not None), None)
 
 
 # Building
@@ -188,7 +191,7 @@ def _build_or_share(key: Key, blank: Entry, build: Callable[[Path], Mapping[str,
     patience = settings.get().wait
     path = _lock_path(key)
     while True:
-        with job_slot(lambda: default_folder().path(key).exists()):
+        with job_slot(lambda: _is_published(key)):
             answer = take(path)
             if not isinstance(answer, Busy) or patience <= 0 or answer.age > settings.get().wait:
                 if isinstance(answer, Busy):
@@ -216,8 +219,8 @@ def _lock_path(key: Key) -> Path | None:
         return None
     with suppress(OSError):
         (folder / "locks").mkdir(mode=0o700, exist_ok=True)
-        return folder / "locks" / Key.of({"root": str(default_folder().root)}, {"key": key.key}).key[:40]
-    return None
+    store = _on_disk("locking", lambda folder: str(folder.root))
+    return folder / "locks" / digest([store, key.key])[:40]
 
 
 def _wait(key: Key, path: Path | None, busy: Busy, label: str, patience: float) -> float:
@@ -226,10 +229,9 @@ def _wait(key: Key, path: Path | None, busy: Busy, label: str, patience: float) 
     log.info("waiting for %s, which is building %r", busy.holder, label)
     start = time.monotonic()
     notice = start + _NOTICE_S
-    final = default_folder().path(key)
     for round in range(1 << 62):
         waited = time.monotonic() - start
-        if waited >= patience or final.exists():
+        if waited >= patience or _is_published(key):
             break
         if round % 5 == 4:
             answer = take(path)
@@ -253,7 +255,7 @@ def _wait(key: Key, path: Path | None, busy: Busy, label: str, patience: float) 
 
 def _build(blank: Entry, build: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
     """Build in a folder of its own on local disk, then publish; a store that fails costs nothing but its copy."""
-    folder = Path(tempfile.mkdtemp(prefix="flashloom-build-"))
+    folder = Path(tempfile.mkdtemp(prefix="build-", dir=local_folder()))
     start = time.monotonic()
     try:
         metadata = build(folder) or {}
@@ -313,6 +315,10 @@ def _reject(entry: Entry, reason: str) -> None:
     _set_aside(entry.key, f"{entry.label!r} from {entry.origin} does not load: {reason}")
 
 
+def _is_published(key: Key) -> bool:
+    return bool(_on_disk("reading", lambda folder: folder.path(key).exists()))
+
+
 def _set_aside(key: Key, reason: str) -> None:
     _count(corrupt=1)
     log.warning("set aside a kernel: %s", reason)
@@ -367,8 +373,6 @@ def _alone(key: Key) -> Iterator[None]:
         lock = _state.building.setdefault(key, threading.RLock())
     with lock:
         yield
-    with _state.lock:
-        _state.building.pop(key, None)
 
 
 def _count(**add: float) -> None:

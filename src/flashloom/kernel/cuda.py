@@ -1,0 +1,114 @@
+"""Loading and launching a stored GPU kernel through the CUDA driver: no compiler, no toolkit, about 6 microseconds of host time.
+
+The packed arguments live as long as the launch object; a launch rewrites them in place and calls `cuLaunchKernel`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from flashloom.store import Entry
+
+__all__ = ["CudaError", "Function", "Launch", "load"]
+
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_FORMATS = {"fp32": "f4x", "i32": "i4x", "i64": "q"}
+
+
+class CudaError(RuntimeError):
+    """The CUDA driver refused a call."""
+
+
+@functools.lru_cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"the CUDA driver cannot be loaded ({error}): install the NVIDIA driver, or run on the CPU") from None
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(code, ctypes.byref(text))
+        raise CudaError(f"{what} failed with CUDA error {code}: {text.value.decode() if text.value else 'unknown'}")
+
+
+class Function:
+    """A kernel loaded on one device."""
+
+    def __init__(self, entry: Entry, device: torch.device):
+        self.entry, self.device = entry, device
+        self.threads, self.shared = entry.metadata["num_warps"] * 32, entry.metadata["shared"]
+        if entry.metadata["global_scratch_size"] or entry.metadata["profile_scratch_size"]:
+            raise CudaError(f"kernel {entry.label} wants scratch memory, which this launcher does not give")
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device)  # the primary context exists and is current from here on
+            torch.cuda.synchronize(device) if not torch.cuda.is_initialized() else None
+            module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), entry.files["kernel.cubin"]), f"loading {entry.label}")
+            self.module = module
+            name = entry.metadata["name"].encode()
+            _check(_driver().cuModuleGetFunction(ctypes.byref(self.handle), module, name), f"finding {entry.metadata['name']}")
+            if self.shared > 48 << 10:
+                _check(_driver().cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, self.shared), f"{entry.label}: {self.shared} B shared memory")
+
+
+_functions: dict[tuple[str, int], Function] = {}
+_lock = threading.Lock()
+
+
+def load(kernel: Any, device: torch.device) -> Function:
+    """The kernel (a `TritonKernel`) on this device; from the store, or compiled now. One module per kernel and device in a process."""
+    entry = kernel.entry()
+    key = (entry.key.key, device.index)
+    with _lock:
+        if key not in _functions:
+            try:
+                _functions[key] = Function(entry, device)
+            except CudaError as error:
+                entry.reject(str(error))
+                raise
+        return _functions[key]
+
+
+class Launch:
+    """A function with its packed arguments. `types`: those of the run-time arguments in order, tuples flattened."""
+
+    __slots__ = ("_array", "_buffer", "_call", "_device", "_function", "_pack", "_shared", "_threads")
+
+    def __init__(self, function: Function, types: Sequence[str]):
+        self._function, self._device = function, function.device.index
+        packer = struct.Struct("=" + "".join("q" if kind[0] == "*" else _FORMATS[kind] for kind in types) + "qq")
+        self._buffer = ctypes.create_string_buffer(packer.size)
+        self._pack = functools.partial(packer.pack_into, self._buffer, 0)
+        start = ctypes.addressof(self._buffer)
+        self._array = (ctypes.c_void_p * (len(types) + 2))(*(start + 8 * i for i in range(len(types) + 2)))
+        call = _driver().cuLaunchKernel
+        call.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._call = functools.partial(call, function.handle)
+        self._threads, self._shared = function.threads, function.shared
+
+    def __call__(self, grid: int, words: Sequence[Any]) -> None:
+        """Launch `grid` blocks on torch's current stream of the device."""
+        if grid == 0:
+            return
+        self._pack(*words, 0, 0)  # two scratch pointers that the kernel does not use
+        if torch._C._cuda_getDevice() != self._device:
+            with torch.cuda.device(self._device):
+                self._launch(grid)
+        else:
+            self._launch(grid)
+
+    def _launch(self, grid: int) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        code = self._call(grid, 1, 1, self._threads, 1, 1, self._shared, stream, self._array, None)
+        if code:
+            _check(code, f"launching {self._function.entry.label}")

@@ -1,0 +1,132 @@
+"""Triton kernels for a named target: compiled on any machine, kept in the store, launched without Triton's own launcher.
+
+A `TritonKernel` says what is asked: the jit function, the types of its run-time arguments and its constants. On a host without a GPU it
+compiles all the same; `kernel.cuda` loads the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashloom import store
+from flashloom.target import Target
+
+__all__ = ["POINTERS", "TritonKernel", "interpreting", "pointer"]
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.bool: "*i1",
+}  # fmt: skip
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """Triton's name for a pointer to elements of `dtype`."""
+    return POINTERS[dtype]
+
+
+def interpreting() -> bool:
+    """Whether Triton's functions run in its interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.lru_cache
+def toolchain() -> dict[str, str]:
+    """What of the toolchain decides the machine code: Triton's version (it brings its own assembler). Raises store.NoToolchain."""
+    try:
+        import triton
+    except ImportError:
+        raise store.NoToolchain("Triton is not installed: install flashloom[gpu], or use a pack with the kernels built ahead") from None
+    return {"triton": triton.__version__}
+
+
+@dataclass(frozen=True)
+class TritonKernel:
+    """One kernel to compile.
+
+    signature: run-time arguments by name, in the function's order, as Triton names types (a tuple of them for a tuple argument);
+    constants: every other argument; aligned: names of pointers that are multiples of 16 bytes.
+    """
+
+    function: Any
+    signature: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    aligned: tuple[str, ...]
+    target: Target
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return str(self.function.__name__)
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """What identifies the kernel, for the store: source digests, types, constants, target, options."""
+        return {
+            "kind": "triton",
+            "function": [self.name, self.function.cache_key],
+            "signature": [[name, _plain(kind)] for name, kind in self.signature.items()],
+            "constants": {name: _constant(value) for name, value in self.constants.items()},
+            "aligned": list(self.aligned),
+            "target": self.target.name,
+            "options": {"num_warps": self.num_warps, "num_stages": self.num_stages},
+        }
+
+    def entry(self) -> store.Entry:
+        """The compiled kernel, `kernel.cubin` with its metadata, from the store or built now. Raises NoToolchain or SealedError."""
+        return store.get_or_build(self.fields, self._build, toolchain=toolchain, label=f"triton {self.name} {self.target}")
+
+    def compile(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(texts and binaries by stage, metadata), without a store and without Triton's cache folder."""
+        from triton._C.libtriton import ir
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler.compiler import ASTSource, make_backend
+
+        names = list(self.function.arg_names)
+        types = {name: self.signature.get(name, "constexpr") for name in names}
+        attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
+        source = ASTSource(self.function, types, dict(self.constants), attributes)
+        target = GPUTarget("cuda", int(self.target.name.removeprefix("sm")), 32)
+        backend = make_backend(target)
+        options = backend.parse_options({"num_warps": self.num_warps, "num_stages": self.num_stages})
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+        metadata: dict[str, Any] = {"target": target, **options.__dict__}
+        stages: dict[str, Any] = {}
+        backend.add_stages(stages, options, source.language)
+        results: dict[str, Any] = {}
+        for stage, step in stages.items():
+            module = step(module, metadata)
+            results[stage] = module
+        return results, metadata
+
+    def _build(self, folder: Path) -> dict[str, Any]:
+        results, metadata = self.compile()
+        (folder / "kernel.cubin").write_bytes(results["cubin"])
+        kept = {key: metadata.get(key, 0) for key in ("name", "shared", "num_warps", "global_scratch_size", "profile_scratch_size")}
+        return json.loads(json.dumps(kept))
+
+
+def _plain(kind: Any) -> Any:
+    return [_plain(k) for k in kind] if isinstance(kind, tuple) else kind
+
+
+def _constant(value: Any) -> Any:
+    """A constant as JSON: functions by the digest of their source."""
+    if hasattr(value, "cache_key"):
+        return [value.__name__, value.cache_key]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
