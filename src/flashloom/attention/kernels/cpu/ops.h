@@ -59,6 +59,19 @@ FL_INLINE bool as_mask(bool x) { return x; }
 FL_INLINE vm as_mask(vi x) { return vm(x); }
 FL_INLINE vm as_mask(vm x) { return x; }
 
+FL_INLINE vf splat(vf x) { return x; }
+FL_INLINE vf splat(float x) { return bc(x); }
+FL_INLINE double word_as_double(int64_t word) {
+  double x;
+  __builtin_memcpy(&x, &word, 8);
+  return x;
+}
+
+// What a verdict is asked of: inclusive bounds.
+struct Tile {
+  int32_t batch, kv_head, q_head_lo, q_head_hi, q_pos_lo, q_pos_hi, kv_pos_lo, kv_pos_hi, q_len, kv_len, q_start, kv_start;
+};
+
 // ---- 64-bit lanes
 
 FL_INLINE vm narrow_mask(vq lo, vq hi) { return vm(join(__builtin_convertvector(lo, vih), __builtin_convertvector(hi, vih))); }
@@ -323,6 +336,22 @@ FL_FUNCTION(sin, vsin)
 FL_FUNCTION(cos, vcos)
 FL_FUNCTION(floor, vfloor)
 #undef FL_FUNCTION
+
+// ---- what a variant is told and answers
+
+// A tile of pairs, its bounds inclusive, for `Variant::verdict`.
+struct Tile {
+  int32_t batch, kv_head, q_head_lo, q_head_hi, q_pos_lo, q_pos_hi, kv_pos_lo, kv_pos_hi;
+  int32_t q_len, kv_len, q_start, kv_start;
+};
+
+FL_INLINE vf splat(vf x) { return x; }
+FL_INLINE vf splat(float x) { return bc(x); }
+FL_INLINE double word_as_double(int64_t word) {
+  double value;
+  __builtin_memcpy(&value, &word, 8);
+  return value;
+}
 
 }  // namespace flashloom
 
