@@ -108,6 +108,11 @@ class Plan:
         self._cuda_index = self._device.index if self._device.type == "cuda" else None
         self._stream: int | None = None
         self._busy = threading.Lock()
+        # the arguments that run() accepted last; it diagnoses only what differs from them
+        self._q_shape: torch.Size | None = None
+        self._out_shape: torch.Size = torch.Size(())
+        self._kv_signature: tuple | None = None
+        self._kv_known: tuple | None = None
         check.batch(batch, self._device)
         spec = attention._specs[batch.blocks is not None]
         self._out_dtype = spec.out_dtype
@@ -140,7 +145,7 @@ class Plan:
             from flashloom.attention import library
 
             return library.run(self, q, kv, out, lse, return_lse, partial, variant)
-        if not self._busy.acquire(blocking=False):
+        if not self._busy.acquire(False):
             raise RuntimeError(
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
             )
@@ -149,7 +154,7 @@ class Plan:
                 type(q) is not Tensor
                 or q.shape != self._q_shape
                 or q.dtype is not self._q_dtype
-                or q.stride(2) != 1
+                or not (q.is_contiguous() or q.stride(2) == 1)
                 or q.device != self._device
                 or q.requires_grad
             ):
@@ -163,12 +168,12 @@ class Plan:
             if kv.signature is not self._kv_signature:
                 self._accept_kv(kv)
             if out is None:
-                out = torch.empty((q.shape[0], *self._row), dtype=self._out_dtype, device=self._device)
+                out = q.new_empty(self._out_shape, dtype=self._out_dtype)
             elif (
                 type(out) is not Tensor
                 or out.shape != self._out_shape
                 or out.dtype is not self._out_dtype
-                or out.stride(2) != 1
+                or not (out.is_contiguous() or out.stride(2) == 1)
                 or out.device != self._device
                 or out.requires_grad
             ):
@@ -192,13 +197,16 @@ class Plan:
         self._q_shape, self._out_shape = q.shape, torch.Size((q.shape[0], *self._row))
 
     def _accept_kv(self, kv: KV) -> None:
-        if kv.signature == self._kv_signature and not self._contents:
+        if kv.signature == self._kv_known and not self._contents:  # only the batch is new
+            if self._batch.host:
+                self._batch.kv.check_pages(kv.k.shape[0])
+            self._kv_signature = self._kv_known = kv.signature
             return
         check.keys_values(
             kv, self.attention.heads, self.attention.kv_dtype, self._device, self._checked, self._contents
         )
         if (kv.k.requires_grad or kv.v.requires_grad) is False:
-            self._kv_signature = kv.signature
+            self._kv_signature = self._kv_known = kv.signature
 
     def _accept_lse(self, lse: Tensor | None, q: Tensor) -> Tensor:
         if not self._softmax:
@@ -260,7 +268,7 @@ class Plan:
         """Follow a batch with other lengths, tables and number of requests, within the reserve; compiles nothing, and
         no address changes. Kind of KV, page size and device stay those of the planned batch; exceeding the reserve is
         a ValueError."""
-        if not self._busy.acquire(blocking=False):
+        if not self._busy.acquire(False):
             raise RuntimeError(
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
             )
@@ -293,10 +301,9 @@ class Plan:
             check.batch_fields(self._program, self._values, checked)
             self._others.clear()
         self._batch, self._checked, self._nothing = batch, checked, batch.tokens == 0
-        # what run() compares arguments with: the next run diagnoses them anew
-        self._q_shape: torch.Size | None = None
-        self._out_shape: torch.Size = torch.Size(())
-        self._kv_signature: tuple | None = None
+        if self._q_shape is not None and self._q_shape[0] < (batch.tokens or 0):
+            self._q_shape = None
+        self._kv_signature = None  # its pages are compared with the new table in the next run
 
     # --- looking ---
 

@@ -209,14 +209,18 @@ class Batch:
             raise ValueError(
                 "the query lengths are on a device, where they are not read: pass Batch(..., tokens=) to use slots()"
             )
+        if self.host:
+            q, lens = self.q_indptr.numpy(), self.kv_lens.numpy()
+            rows = np.repeat(np.arange(self.requests), q[1:] - q[:-1])
+            return self.kv.slots(rows, np.arange(self.tokens) + (lens - q[1:])[rows])
         token = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
         request = torch.searchsorted(self.q_indptr, token, right=True) - 1
         request = request.clamp(max=max(self.requests - 1, 0))
         first = self.kv_lens - self.q_indptr[1:]  # position of a request's token = its number + first
         if self.requests == 0:
             return torch.full((self.tokens,), -1, dtype=torch.int64, device=self.device)
-        slots = self.kv.slots(request, token.to(torch.int64) + first[request])
-        return slots if self.host else torch.where(token < self.q_indptr[-1], slots, -1)
+        slots = self.kv.slots_on_device(request, token.to(torch.int64) + first[request])
+        return torch.where(token < self.q_indptr[-1], slots, -1)
 
     def to_host(self) -> Batch:
         """The same batch with its contents on the host, checked there. Waits for the device."""

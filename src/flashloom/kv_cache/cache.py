@@ -41,22 +41,11 @@ class KV:
 
 def signature(k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> tuple:
     """Everything about KV tensors that decides whether a plan accepts them; equal signatures are accepted alike."""
-    scales = (
-        None if k_scale is None else (k_scale.shape, k_scale.dtype, k_scale.device),
-        None if v_scale is None else (v_scale.shape, v_scale.dtype, v_scale.device),
-    )
-    return (
-        k.shape,
-        v.shape,
-        k.dtype,
-        v.dtype,
-        k.device,
-        v.device,
-        k.stride(-1),
-        v.stride(-1),
-        k.requires_grad or v.requires_grad,
-        scales,
-    )
+    grad = k.requires_grad or v.requires_grad
+    form = (k.shape, v.shape, k.dtype, v.dtype, k.device, v.device, k.stride(-1), v.stride(-1), grad)
+    if k_scale is None and v_scale is None:
+        return form
+    return (*form, *(None if s is None else (s.shape, s.dtype, s.device, s.data_ptr()) for s in (k_scale, v_scale)))
 
 
 def check_layout(layout: object) -> str:

@@ -80,7 +80,21 @@ class KVLayout:
                 f"{self.pages.numpy()[entry[at]]}: {rule}"
             )
 
-    def slots(self, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def slots(self, request: np.ndarray, position: np.ndarray) -> torch.Tensor:
+        """The slot (page * page_size + offset) of tokens at `position` of `request`, int64; -1 for a negative position.
+        Host only."""
+        kept, pages = np.maximum(position, 0), self.pages.numpy()
+        if self.ragged:
+            slot = pages[request] + kept
+        else:
+            entry = self.page_indptr.numpy()[request] + kept // self.page_size
+            if (position < 0).any():  # such a request may have no page at all
+                entry = np.minimum(entry, pages.size - 1)
+                pages = pages if pages.size else np.zeros(1, dtype=np.int32)
+            slot = pages[entry] * np.int64(self.page_size) + kept % self.page_size
+        return torch.from_numpy(np.where(position < 0, -1, slot).astype(np.int64, copy=False))
+
+    def slots_on_device(self, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The slot (page * page_size + offset) of tokens at `position` of `request`, int64; -1 for a negative
         position."""
         kept = position.clamp(min=0)

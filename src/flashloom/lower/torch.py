@@ -67,7 +67,7 @@ def evaluate(
         elif node.op == "load":
             result = _load(node, by_param[node.attr].to(device), args)
         elif node.op == "element":
-            result = inputs["row"][..., args[0].long()]
+            result = inputs["row"][..., args[0].long().reshape(-1)]  # a constant index keeps the dimension
         elif node.op == "cast":
             result = args[0]
         else:

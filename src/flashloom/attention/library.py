@@ -1,0 +1,125 @@
+"""The operators that torch.compile and torch.export see. Eager calls do not come through here.
+
+Plans and variants are Python objects, so a graph holds handles of them: a compiled function runs the very plan it was
+traced with, as that plan then is, and is traced again for another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flashloom.attention import check
+from flashloom.kv_cache.cache import KV
+from flashloom.variant.variant import Variant
+
+if TYPE_CHECKING:
+    from flashloom.attention.attention import Plan
+
+_library = torch.library.Library("flashloom", "DEF")
+_library.define(
+    "attention_run(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, Tensor(b!)? lse, "
+    "int plan, int variant, "
+    "bool views, bool partial) -> ()"
+)
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, int variant, float? sm_scale, bool return_lse) -> (Tensor, Tensor)"
+)
+_variants: dict[int, Variant] = {}  # by id; kept alive because compiled code refers to them
+
+
+@torch._dynamo.assume_constant_result
+def _keep(variant: Variant) -> bool:
+    _variants[id(variant)] = variant
+    return True
+
+
+def run(
+    plan: Plan,
+    q: Tensor,
+    kv: KV | tuple,
+    out: Tensor | None,
+    lse: Tensor | None,
+    return_lse: bool,
+    partial: bool,
+    variant: Variant | None,
+) -> Any:
+    """`Plan.run` while it is being traced."""
+    heads = plan.attention.heads
+    check.grad("q", q)
+    if out is None:
+        out = q.new_empty((q.shape[0], heads.q_heads, heads.value_dim), dtype=plan.attention.spec.out_dtype)
+    if lse is None and return_lse:
+        lse = q.new_empty((q.shape[0], heads.q_heads), dtype=torch.float32)
+    if isinstance(kv, KV):
+        views, parts = True, (kv.k, kv.v, kv.k_scale, kv.v_scale)
+    else:
+        views, parts = False, check.raw_kv(kv, plan.batch, heads)
+    handle = 0
+    if variant is not None and _keep(variant):
+        handle = id(variant)
+    torch.ops.flashloom.attention_run(q, *parts, out, lse, plan.handle, handle, views, partial)
+    return (out, lse) if return_lse else out
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, variant: Variant, sm_scale: float | None, return_lse: bool) -> Any:
+    """`fl.attention` while it is being traced."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check.grad(name, x)
+    _keep(variant)
+    out, lse = torch.ops.flashloom.attention(q, k, v, id(variant), sm_scale, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    plan: int,
+    variant: int,
+    views: bool,
+    partial: bool,
+) -> None:
+    from flashloom.attention.attention import PLANS
+
+    found = PLANS.get(plan)
+    if found is None:
+        raise RuntimeError(
+            f"plan {plan} no longer exists: a compiled or exported function needs the plan it was traced with; keep it "
+            "alive"
+        )
+    kv: Any = KV(k, v, k_scale, v_scale) if views else (k, v, k_scale, v_scale)
+    found.run(q, kv, out=out, lse=lse, partial=partial, variant=_variants[variant] if variant else None)
+
+
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    from flashloom.attention.function import attention
+
+    result = attention(q, k, v, variant=_variants[variant], sm_scale=sm_scale, return_lse=return_lse)
+    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+def _dense_fake(
+    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
+    if q.dim() == 4:  # the memory order is [batch, tokens, heads, value_dim]
+        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=dtype).transpose(1, 2)
+        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32).transpose(1, 2)
+    else:
+        out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
+        lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
+
+
+_library.impl("attention_run", _run, "CompositeExplicitAutograd")
+_library.impl("attention", _dense, "CompositeExplicitAutograd")
+torch.library.register_fake("flashloom::attention_run", lambda *args: None, lib=_library)
+torch.library.register_fake("flashloom::attention", _dense_fake, lib=_library)
