@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: Attention executors by kind of device, the preferred first; a module is imported when it is first asked for.
 ATTENTION: dict[str, list[str]] = {
-    "cpu": ["flashloom.attention.reference:ReferenceExecutor"],
+    "cpu": ["flashloom.attention.cpu:CpuExecutor", "flashloom.attention.reference:ReferenceExecutor"],
     "cuda": ["flashloom.attention.reference:ReferenceExecutor"],
 }
 #: Kernels of `fl.append` by kind of device, called as append_reference is; without one the reference serves.

@@ -337,22 +337,6 @@ FL_FUNCTION(cos, vcos)
 FL_FUNCTION(floor, vfloor)
 #undef FL_FUNCTION
 
-// ---- what a variant is told and answers
-
-// A tile of pairs, its bounds inclusive, for `Variant::verdict`.
-struct Tile {
-  int32_t batch, kv_head, q_head_lo, q_head_hi, q_pos_lo, q_pos_hi, kv_pos_lo, kv_pos_hi;
-  int32_t q_len, kv_len, q_start, kv_start;
-};
-
-FL_INLINE vf splat(vf x) { return x; }
-FL_INLINE vf splat(float x) { return bc(x); }
-FL_INLINE double word_as_double(int64_t word) {
-  double value;
-  __builtin_memcpy(&value, &word, 8);
-  return value;
-}
-
 }  // namespace flashloom
 
 #include "loads.h"

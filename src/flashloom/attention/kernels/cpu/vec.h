@@ -144,19 +144,60 @@ FL_INLINE bool any(vi m) {
 #endif
 }
 
-FL_INLINE float hsum(vf x) {
-  float s[VL];
-  storeu(s, x);
-  for (int w = VL / 2; w; w /= 2)
-    for (int i = 0; i < w; i++) s[i] += s[i + w];
-  return s[0];
+// The sum, and the largest, of all lanes, in every lane.
+FL_INLINE vf sum_lanes(vf x) {
+#pragma GCC unroll 4
+  for (int w = 1; w < VL; w *= 2) x += __builtin_shuffle(x, iota() ^ w);
+  return x;
 }
-FL_INLINE float hmax(vf x) {
-  float s[VL];
-  storeu(s, x);
-  for (int w = VL / 2; w; w /= 2)
-    for (int i = 0; i < w; i++) s[i] = s[i] > s[i + w] ? s[i] : s[i + w];
-  return s[0];
+FL_INLINE vf max_lanes(vf x) {
+#pragma GCC unroll 4
+  for (int w = 1; w < VL; w *= 2) x = fast_max(x, __builtin_shuffle(x, iota() ^ w));
+  return x;
+}
+
+// Two vectors as one of twice the length: its lanes in turn (a0 b0 a1 b1 ...), and back (even lanes, odd lanes).
+#if FL_WIDTH == 16
+#define FL_ZIP_LO 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define FL_ZIP_HI 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define FL_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define FL_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif FL_WIDTH == 8
+#define FL_ZIP_LO 0, 8, 1, 9, 2, 10, 3, 11
+#define FL_ZIP_HI 4, 12, 5, 13, 6, 14, 7, 15
+#define FL_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define FL_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define FL_ZIP_LO 0, 4, 1, 5
+#define FL_ZIP_HI 2, 6, 3, 7
+#define FL_EVEN 0, 2, 4, 6
+#define FL_ODD 1, 3, 5, 7
+#endif
+FL_INLINE vf zip_lo(vf a, vf b) { return __builtin_shufflevector(a, b, FL_ZIP_LO); }
+FL_INLINE vf zip_hi(vf a, vf b) { return __builtin_shufflevector(a, b, FL_ZIP_HI); }
+FL_INLINE vf evens(vf a, vf b) { return __builtin_shufflevector(a, b, FL_EVEN); }
+FL_INLINE vf odds(vf a, vf b) { return __builtin_shufflevector(a, b, FL_ODD); }
+
+// x[i][j] becomes x[j][i]: log2(VL) perfect shuffles.
+FL_INLINE void transpose(vf* x) {
+#pragma GCC unroll 4
+  for (int w = 1; w < VL; w *= 2) {
+    vf y[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL / 2; i++) y[2 * i] = zip_lo(x[i], x[i + VL / 2]), y[2 * i + 1] = zip_hi(x[i], x[i + VL / 2]);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) x[i] = y[i];
+  }
+}
+
+// The sums of VL vectors, in the lanes of one.
+FL_INLINE vf sums(vf* x) {
+#pragma GCC unroll 4
+  for (int n = VL / 2; n; n /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i++) x[i] = zip_lo(x[i], x[i + n]) + zip_hi(x[i], x[i + n]);
+  }
+  return x[0];
 }
 
 // ---- narrow types to float32 (exact, including subnormals, infinities and NaN)

@@ -1,0 +1,229 @@
+"""The CPU backend: one C++ kernel per variant and shape, compiled when a plan first needs it.
+
+A plan owns one `Args` (kernels/cpu/args.h, mirrored here field by field), the schedule's items, the partial results of split rows
+and each thread's scratch. run() overwrites the fields that changed and makes one call with one integer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashloom.attention.batch import Batch, Reserve
+from flashloom.attention.executor import AttentionSpec
+from flashloom.kernel import cpp
+from flashloom.kv_cache.cache import KV
+from flashloom.lower.cpp import render
+from flashloom.target import Target
+from flashloom.variant.expr import Program
+
+__all__ = ["CpuExecutor", "kernel", "source"]
+
+HEADERS = Path(__file__).parent / "kernels" / "cpu"
+STORAGE = {
+    torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2", torch.int8: "s8",
+}  # fmt: skip
+OUT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ITEM_BYTES = 48
+LARGEST_DIM = 1024
+
+
+class Args(ctypes.Structure):
+    """`struct Args` of kernels/cpu/args.h."""
+
+    _fields_ = [
+        (name, ctypes.c_double if name == "sm_scale" else ctypes.c_int64)
+        for name in (
+            "q k v out lse k_scale v_scale words sm_scale partial out_type "
+            "q_token q_head out_token out_head lse_token lse_head "
+            "k_page k_token k_head v_page v_token v_head k_scale_page k_scale_head v_scale_page v_scale_head "
+            "q_indptr kv_indptr kv_lens page_indptr pages page_size requests kv_heads threads batch_invariant "
+            "items item_count item_capacity workspace workspace_size counters counter_count scratch scratch_size"
+        ).split()
+    ]
+
+
+def source(spec: AttentionSpec) -> str:
+    """The generated C++ of one kernel: its configuration, its variant, and the plain headers it includes."""
+    heads = spec.heads
+    config = (
+        f"struct Config {{\n  typedef {STORAGE[spec.q_dtype]} Q;\n  typedef {STORAGE[spec.kv_dtype]} KV;\n"
+        f"  static constexpr int DIM = {heads.dim}, VALUE_DIM = {heads.value_dim}, GROUP = {heads.group};\n}};\n"
+    )
+    variant = render(spec.program, heads.dim, heads.value_dim)
+    return f'#include "attention.h"\n\nnamespace flashloom {{\n\n{config}\n{variant}\n}}  // namespace flashloom\n\nFL_ATTENTION\n'
+
+
+def kernel(spec: AttentionSpec, target: Target) -> cpp.CppKernel:
+    """The kernel that serves a spec on a target, not yet compiled."""
+    heads = spec.heads
+    names = [STORAGE[spec.q_dtype], STORAGE[spec.kv_dtype], f"{heads.dim}", f"{heads.value_dim}", f"{heads.group}"]
+    return cpp.CppKernel(f"attention-{'-'.join(names)}", source(spec), (HEADERS,), target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _functions(name: str, text: str, target: Target) -> tuple[Any, Any]:
+    module = cpp.build(text, [HEADERS], target, {}, name)
+    return module.get_function("schedule"), module.get_function("run")
+
+
+class CpuExecutor:
+    """Attention by the kernels of kernels/cpu."""
+
+    name = "cpu"
+
+    def __init__(self, spec: AttentionSpec, device: torch.device):
+        self._spec = spec
+        self.target = Target.here()
+        self._args = Args()
+        self._address = ctypes.addressof(self._args)
+        self._args.batch_invariant = spec.batch_invariant
+        self._args.kv_heads = spec.heads.kv_heads
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._words = _Words(spec.program)
+        self._q_stride = self._out_stride = self._lse_stride = self._k_stride = self._v_stride = None
+        self._out_dtype: torch.dtype | None = None
+
+    @classmethod
+    def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
+        """Why it cannot serve this, or None."""
+        if spec.block_sparse:
+            return "block-sparse KV has no CPU kernel"
+        if max(spec.heads.dim, spec.heads.value_dim) > LARGEST_DIM:
+            return f"head dims above {LARGEST_DIM}"
+        return None
+
+    def plan(self, batch: Batch, reserve: Reserve | None) -> None:
+        """Find or compile the kernel, and schedule the batch."""
+        built = kernel(self._spec, self.target)
+        self._schedule, self._run = _functions(built.name, built.source, self.target)
+        self.update(batch)
+
+    def update(self, batch: Batch) -> None:
+        """Schedule another batch; compiles nothing."""
+        a = self._args
+        self._batch = batch
+        self._kv_indptr = batch.kv_indptr
+        a.q_indptr, a.kv_indptr, a.kv_lens = (
+            _address(batch.q_indptr),
+            _address(self._kv_indptr),
+            _address(batch.kv_lens),
+        )
+        a.page_indptr, a.pages = _address(batch.page_indptr), _address(batch.pages)
+        a.page_size, a.requests = batch.page_size, batch.requests
+        self._threads = a.threads = torch.get_num_threads()
+        self._schedule(self._address)
+        if a.item_count > a.item_capacity:
+            a.items = self._buffer("items", a.item_count * ITEM_BYTES * 2)
+            a.item_capacity = a.item_count * 2
+            self._schedule(self._address)
+        a.workspace = self._buffer("workspace", a.workspace_size * 4)
+        a.counters = self._buffer("counters", a.counter_count * 4)
+        a.scratch = self._buffer("scratch", a.scratch_size * a.threads)
+
+    def _buffer(self, name: str, size: int) -> int:
+        """Address, aligned to a page, of the plan's zero-initialised buffer, which grows if it has to."""
+        held = self._buffers.get(name)
+        if held is None or held.numel() < size + 4096:
+            held = self._buffers[name] = torch.zeros(size + 4096, dtype=torch.uint8)
+        return (held.data_ptr() + 4095) // 4096 * 4096
+
+    @property
+    def workspace_size(self) -> int:
+        """Bytes of the buffers it owns."""
+        return sum(held.numel() for held in self._buffers.values())
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: KV,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        *,
+        sm_scale: float,
+        partial: bool,
+        values: tuple[Any, ...],
+    ) -> None:
+        """Write out and lse for the batch's tokens."""
+        a = self._args
+        k, v = kv.k, kv.v
+        a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        if (stride := q.stride()) != self._q_stride:
+            self._q_stride, a.q_token, a.q_head = stride, stride[0], stride[1]
+        if (stride := out.stride()) != self._out_stride:
+            self._out_stride, a.out_token, a.out_head = stride, stride[0], stride[1]
+        if (stride := k.stride()) != self._k_stride:
+            self._k_stride, a.k_page, a.k_token, a.k_head = stride, *stride[:3]
+        if (stride := v.stride()) != self._v_stride:
+            self._v_stride, a.v_page, a.v_token, a.v_head = stride, *stride[:3]
+        if out.dtype is not self._out_dtype:
+            self._out_dtype, a.out_type = out.dtype, OUT_TYPES[out.dtype]
+        if lse is None:
+            a.lse = 0
+        else:
+            a.lse, (a.lse_token, a.lse_head) = lse.data_ptr(), lse.stride()
+        a.k_scale, a.k_scale_page, a.k_scale_head = _scale(kv.k_scale)
+        a.v_scale, a.v_scale_page, a.v_scale_head = _scale(kv.v_scale)
+        a.sm_scale, a.partial = sm_scale, partial
+        if values:
+            a.words = self._words(values)
+        if torch.get_num_threads() != self._threads:
+            self.update(self._batch)
+        self._run(self._address)
+
+    def explain(self) -> str:
+        """Which kernel serves this plan."""
+        spec, a = self._spec, self._args
+        kind = "AMX" if self.target.name == "x86-amx" and spec.kv_dtype is torch.bfloat16 else "vectors"
+        return (
+            f"compiled for {self.target} ({kind}), {a.item_count} pieces of work on {a.threads} threads, "
+            f"{a.counter_count} of them merged from parts"
+        )
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.data_ptr()
+
+
+def _scale(scale: torch.Tensor | None) -> tuple[int, int, int]:
+    """Address, page stride and head stride."""
+    if scale is None:
+        return 0, 0, 0
+    if scale.dim() == 2:
+        return scale.data_ptr(), scale.stride(0), scale.stride(1)
+    return scale.data_ptr(), 0, scale.stride(0) if scale.shape[0] > 1 else 0
+
+
+class _Words:
+    """A variant's values as the flat words that kernels take: a scalar's bits, or data pointer, sizes and strides."""
+
+    KEPT = 256
+
+    def __init__(self, program: Program):
+        self._params = program.params
+        self._known: dict[int, tuple[tuple[Any, ...], list[torch.Tensor], list[int], ctypes.Array]] = {}
+
+    def __call__(self, values: tuple[Any, ...]) -> int:
+        known = self._known.get(id(values))
+        if known is None or known[0] is not values or any(t.data_ptr() != at for t, at in zip(known[1], known[2])):
+            if len(self._known) >= self.KEPT:
+                self._known.clear()
+            tensors = [x for x in values if isinstance(x, torch.Tensor)]
+            known = self._known[id(values)] = (values, tensors, [t.data_ptr() for t in tensors], self._pack(values))
+        return ctypes.addressof(known[3])
+
+    def _pack(self, values: tuple[Any, ...]) -> ctypes.Array:
+        words: list[int] = []
+        for param, value in zip(self._params, values):
+            if isinstance(value, torch.Tensor):
+                words += [value.data_ptr(), *value.shape, *value.stride()]
+            elif param.compute_dtype == "float32":
+                words.append(ctypes.c_int64.from_buffer_copy(ctypes.c_double(float(value))).value)
+            else:
+                words.append(int(value))
+        return (ctypes.c_int64 * max(1, len(words)))(*words)

@@ -1,0 +1,47 @@
+// The entries of an attention kernel: schedule(args) and run(args), through the C ABI of TVM-FFI. The generated source
+// includes this, defines `Config` and `Variant` in namespace flashloom, and says FL_ATTENTION.
+#pragma once
+#include <tvm/ffi/c_api.h>
+
+#include "decode.h"
+#include "rows.h"
+#include "schedule.h"
+#include "threads.h"
+
+namespace flashloom {
+
+template <class C, class V> struct Kernels {
+  typedef RowsKernel<C, V> Rows;
+  typedef DecodeKernel<C, V> Decode;
+  static constexpr int DECODE_ROWS = VL >= 16 ? 12 : VL;
+
+  static Limits limits() {
+    return {DECODE_ROWS, Rows::MAX_ROWS, Rows::SUB, Rows::BLOCK, (int64_t)sizeof(typename Decode::Row),
+            (int64_t)sizeof(typename Rows::Scratch), Decode::scratch_size(0), Finish<C, V>::PARTIAL};
+  }
+  static void schedule(Args& a) {
+    Limits limit = limits();
+    Scheduler{a, limit}.run(C::GROUP);
+  }
+  static void run(const Args& a) {
+    const typename V::Params params(a.words);
+    for_chunks((int)a.threads, a.item_count, [&](int thread, int64_t i) {
+      const Item& it = a.items[i];
+      char* scratch = a.scratch + thread * a.scratch_size;
+      if (it.row_hi - it.row_lo <= DECODE_ROWS && it.row_lo == 0) Decode(a, params, scratch, it).run();
+      else Rows(a, params, scratch, it).run();
+    });
+  }
+};
+
+}  // namespace flashloom
+
+#define FL_ATTENTION                                                                                       \
+  extern "C" int __tvm_ffi_schedule(void*, const TVMFFIAny* args, int32_t, TVMFFIAny*) {                   \
+    flashloom::Kernels<flashloom::Config, flashloom::Variant>::schedule(*(flashloom::Args*)args->v_int64); \
+    return 0;                                                                                              \
+  }                                                                                                        \
+  extern "C" int __tvm_ffi_run(void*, const TVMFFIAny* args, int32_t, TVMFFIAny*) {                        \
+    flashloom::Kernels<flashloom::Config, flashloom::Variant>::run(*(flashloom::Args*)args->v_int64);      \
+    return 0;                                                                                              \
+  }

@@ -1,0 +1,102 @@
+// The end of a row: normalise, output_transform, store; and the merge of the pieces of a row that was split over keys.
+#pragma once
+#include "args.h"
+
+namespace flashloom {
+
+template <class C, class V> struct Finish {
+  typedef typename V::Params Params;
+  static constexpr int DV = C::VALUE_DIM, DVP = round_up(DV, VL < 8 ? 8 : VL);
+  static constexpr int PARTIAL = DVP + VL;  // floats of a row's partial result: o, maximum (log2), sum
+
+  // o [DVP] is the weighted sum of the values; m the maximum in log2 units, l the sum of the weights.
+  static FL_INLINE void row(const Args& a, const Params& p, const Request& r, int32_t kv_head, int32_t row, float* o,
+                            float m, float l) {
+    int32_t token = row / C::GROUP, q_head = kv_head * C::GROUP + row % C::GROUP;
+    float lse = -__builtin_inff();
+    bool empty = r.kv_len == 0 || (V::softmax && m == -__builtin_inff());
+    if (empty) {
+      for (int d = 0; d < DVP; d += VL) storeu(o + d, vf{});
+    } else {
+      if (V::softmax) {
+        lse = (m + log2(l)) * LN2;
+        float scale = 1.f / l;
+        for (int d = 0; d < DVP; d += VL) storeu(o + d, loadu(o + d) * scale);
+      }
+      if (V::has_output && !a.partial) V::transform_output(o, lse, r.at(kv_head, q_head, token), p);
+    }
+    int64_t at = r.q_start + token;
+    store_row(a, at * a.out_token + q_head * a.out_head, o, DV);
+    if (V::softmax && a.lse) a.lse[at * a.lse_token + q_head * a.lse_head] = lse;
+  }
+
+  static FL_INLINE float* partial(const Args& a, const Item& it, int split, int32_t kv_head, int32_t row) {
+    int64_t heads = it.kv_head_hi - it.kv_head_lo, rows = it.row_hi - it.row_lo;
+    return a.workspace + it.partial + ((split * heads + kv_head - it.kv_head_lo) * rows + row - it.row_lo) * PARTIAL;
+  }
+
+  // One row of an item is done: the result, or a piece of it.
+  static FL_INLINE void give(const Args& a, const Params& p, const Request& r, const Item& it, int32_t kv_head,
+                             int32_t at_row, float* o, float m, float l) {
+    if (it.splits == 1) {
+      row(a, p, r, kv_head, at_row, o, m, l);
+      return;
+    }
+    float* to = partial(a, it, it.split, kv_head, at_row);
+    for (int d = 0; d < DVP; d += VL) storeu(to + d, loadu(o + d));
+    to[DVP] = m, to[DVP + 1] = l;
+  }
+
+  // Called once an item has given all its rows. Whoever comes last adds the pieces up, in their order.
+  static void item(const Args& a, const Params& p, const Request& r, const Item& it) {
+    if (it.splits == 1) return;
+    int32_t* counter = a.counters + it.merge;
+    if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) < it.splits) return;
+    __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
+    for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++) {
+      for (int32_t i = it.row_lo; i < it.row_hi; i++) {
+        float* o = partial(a, it, 0, h, i);
+        float m = o[DVP], l = o[DVP + 1];
+        for (int s = 1; s < it.splits; s++) {
+          const float* x = partial(a, it, s, h, i);
+          float mine = 1.f, other = 1.f;
+          if (V::softmax) {
+            if (x[DVP] == -__builtin_inff()) continue;
+            float top = x[DVP] > m ? x[DVP] : m;
+            mine = fast_exp2(bc(m - top))[0], other = fast_exp2(bc(x[DVP] - top))[0];
+            m = top, l = l * mine + x[DVP + 1] * other;
+          }
+          for (int d = 0; d < DVP; d += VL) storeu(o + d, loadu(o + d) * mine + loadu(x + d) * other);
+        }
+        row(a, p, r, h, i, o, m, l);
+      }
+    }
+  }
+};
+
+// Which keys of an item to look at: 0 none, 1 test each, 2 all, for rows [lo, hi] of one head.
+template <class C, class V> FL_INLINE int verdict(const Request& r, const typename V::Params& p, int32_t kv_head, int32_t lo,
+                                                  int32_t hi, int32_t kv_lo, int32_t kv_hi) {
+  if (!V::has_mask) return 2;
+  int32_t first = lo / C::GROUP, last = (hi - 1) / C::GROUP, head = kv_head * C::GROUP;
+  bool one = first == last;  // rows of one token may be some of its heads only
+  Tile t = {r.batch, kv_head, one ? head + lo % C::GROUP : head, one ? head + (hi - 1) % C::GROUP : head + C::GROUP - 1,
+            r.kv_len - r.q_len + first, r.kv_len - r.q_len + last, kv_lo, kv_hi - 1, r.q_len, r.kv_len, r.q_start, r.kv_start};
+  return V::verdict(t, p);
+}
+
+// Skips keys from t in large steps where no head of the item keeps any; answers the next block's start, or `end`.
+template <class C, class V> FL_INLINE int32_t next_block(const Request& r, const typename V::Params& p, const Item& it,
+                                                         int32_t t, int32_t end) {
+  constexpr int32_t STEP = 1024;
+  if (!V::has_mask) return t;
+  while (t < end && t % STEP == 0) {
+    int32_t to = min_of(t + STEP, end);
+    for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++)
+      if (verdict<C, V>(r, p, h, it.row_lo, it.row_hi, t, to)) return t;
+    t = to;
+  }
+  return t;
+}
+
+}  // namespace flashloom
