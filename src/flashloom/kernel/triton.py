@@ -7,6 +7,7 @@ compiles all the same; `kernel.cuda` loads the result.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,9 +35,16 @@ def pointer(dtype: torch.dtype) -> str:
 
 def interpreting() -> bool:
     """Whether Triton's functions run in its interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
-    from triton import knobs
-
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
     return bool(knobs.runtime.interpret)
+
+
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.lru_cache

@@ -68,19 +68,23 @@ class Folder:
         """The entry, verified, or None. Raises Corrupt when it is there and not what it should be, Refused, or
         OSError.
         """
-        with self._descend(key.request, key.key) as folder:
-            if folder is None:
-                return None
-            try:
-                entry = self._read_at(folder, key)
-            except (FileNotFoundError, Corrupt, Refused, ValueError, KeyError, TypeError) as error:
-                if not self.path(key).exists():  # evicted or set aside under our eyes
+        for _ in range(10):
+            with self._descend(key.request, key.key) as folder:
+                if folder is None:
                     return None
-                raise Corrupt(f"{self.path(key)}: {error}") from error
-            with suppress(OSError):  # mark as used, seldom; a store that others own keeps its times
-                if time.time() - os.fstat(folder).st_mtime > _TOUCH_S:
-                    os.utime(folder)
-            return entry
+                status = os.fstat(folder)
+                try:
+                    entry = self._read_at(folder, key)
+                except (FileNotFoundError, Corrupt, Refused, ValueError, KeyError, TypeError) as error:
+                    with suppress(FileNotFoundError):
+                        if os.path.samestat(status, self.path(key).lstat()):
+                            raise Corrupt(f"{self.path(key)}: {error}") from error
+                    continue  # evicted under our eyes, and maybe published anew
+                with suppress(OSError):  # mark as used, seldom; a store that others own keeps its times
+                    if time.time() - status.st_mtime > _TOUCH_S:
+                        os.utime(folder)
+                return entry
+        return None
 
     def keys(self, request: str) -> list[Key]:
         """Keys of all entries that answer this request, whatever toolchain built them."""
@@ -90,11 +94,12 @@ class Folder:
             )
 
     def all_keys(self) -> Iterator[Key]:
-        """Keys of all entries. Folders that come or go meanwhile are seen or not."""
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for request in sorted(os.listdir(self.entries)):
-                if _is_key(request):
-                    yield from self.keys(request)
+        """Keys of all entries. Folders that come or go meanwhile are seen or not, what is no entry's is left out."""
+        with self._descend() as folder:
+            requests = [] if folder is None else sorted(filter(_is_key, os.listdir(folder)))
+        for request in requests:
+            with suppress(OSError, Corrupt):
+                yield from self.keys(request)
 
     @contextmanager
     def _descend(self, *names: str) -> Iterator[int | None]:
@@ -110,6 +115,8 @@ class Folder:
             except FileNotFoundError:
                 yield None
             except NotADirectoryError as error:  # a link, or a file, in a folder's place
+                if not descriptors:
+                    raise
                 raise Corrupt(f"{'/'.join(names)} in {self.root} is not a folder") from error
             else:
                 yield descriptors[-1]
@@ -127,11 +134,14 @@ class Folder:
                 if error.errno == errno.ELOOP:
                     raise Corrupt(f"{name} is a link") from error
                 raise
-            with open(descriptor, "rb") as file:
-                self._check(descriptor, name)
+            try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise Corrupt(f"{name} is not a plain file")
-                return file.read()
+                self._check(descriptor, name)
+                with open(descriptor, "rb", closefd=False) as file:
+                    return file.read()
+            finally:
+                os.close(descriptor)
 
         return read_entry(parse_manifest(read("entry.json"), key), read, str(self.root))
 
@@ -168,8 +178,11 @@ class Folder:
         """
         mode = stat.S_IMODE(self.root.stat().st_mode)
         place = self._aside(mode)
+        path = self.path(key)
+        if path.parent.is_symlink() or not path.parent.is_dir():
+            path = path.parent
         with suppress(FileNotFoundError):
-            os.rename(self.path(key), place / "entry")
+            os.rename(path, place / "entry")
 
     def remove(self, key: Key) -> None:
         """Delete an entry: out of sight in one step, then file by file. One that is gone already is no error."""
