@@ -165,6 +165,11 @@ def raw_kv(kv: object, batch: Batch, heads: HeadShape) -> tuple[torch.Tensor, to
             raise TypeError(f"{name} is {type(x).__name__}: give a tensor {form}")
         if x.dim() != rank:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: must be {form}")
+    for name, s in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if s is not None and not isinstance(s, torch.Tensor):
+            raise TypeError(
+                f"{name} is {type(s).__name__}: give a float32 tensor [1], [kv_heads] or [pages, kv_heads], or None"
+            )
     return k, v, k_scale, v_scale
 
 
