@@ -36,6 +36,8 @@ extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_sum(void*, const TVMFFIAny* args, in
 }
 """
 
+FAKE = '#!/bin/sh\n[ "$1" = -v ] && printf "Target: x86_64-none\\ngcc version 99.1\\n" >&2 && exit\n'
+
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
@@ -188,14 +190,14 @@ def test_the_abi_header_is_in_the_key(kernel):
 
 def test_the_compiler_is_in_the_key(kernel, tmp_path):
     wrapper = tmp_path / "g++-99"
-    wrapper.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "g++ 99.1" && exit\nexec {shutil.which("g++")} "$@"\n')
+    wrapper.write_text(FAKE + f'exec {shutil.which("g++")} "$@"\n')
     wrapper.chmod(0o755)
     first = kernel().entry()
     settings.configure(cxx=str(wrapper))
     second = kernel().entry()
     assert first.key.request == second.key.request
     assert first.key.key != second.key.key
-    assert second.toolchain["compiler"] == "g++ 99.1"
+    assert second.toolchain["compiler"] == "gcc version 99.1"
 
 
 def test_builds_are_reproducible(kernel, monkeypatch, tmp_path):
@@ -232,12 +234,23 @@ def test_a_compile_error_ends_with_its_cause_first(kernel):
 
 def test_a_killed_compiler_is_said_to_want_memory(kernel, tmp_path):
     wrapper = tmp_path / "g++"
-    wrapper.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 1" && exit\nkill -9 $$\n')
+    wrapper.write_text(FAKE + "kill -9 $$\n")
     wrapper.chmod(0o755)
     settings.configure(cxx=str(wrapper))
     with pytest.raises(CompileError, match="FLASHLOOM_JOBS=1"):
         kernel().entry()
     assert store.counters().builds == 0
+
+
+def test_a_compiler_for_another_machine_is_refused(kernel):
+    with pytest.raises(NoCompiler, match=r"compiles for x86_64.*not for aarch64.*aarch64-linux-gnu-g\+\+"):
+        kernel(target=Target("aarch64")).entry()
+
+
+def test_something_that_is_no_compiler_is_refused(kernel):
+    settings.configure(cxx="true")
+    with pytest.raises(NoCompiler, match="true -v` does not answer"):
+        kernel().entry()
 
 
 def test_a_missing_header_is_named(kernel):

@@ -51,15 +51,18 @@ class CompileError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: where it is (not part of any key) and what it says it is (part of every key)."""
+    """A C++ compiler: where it is (not part of any key), what it says it is and what it compiles for (part of every
+    key).
+    """
 
     path: str
     version: str
+    machine: str
 
     @property
     def identity(self) -> dict[str, str]:
         """What of the toolchain can change the machine code, or where it loads."""
-        return {"compiler": self.version, "libc": "-".join(platform.libc_ver())}
+        return {"compiler": self.version, "machine": self.machine, "libc": "-".join(platform.libc_ver())}
 
 
 def find_compiler() -> Compiler:
@@ -82,13 +85,14 @@ def find_compiler() -> Compiler:
 @functools.lru_cache
 def _identify(path: str, mtime_ns: int) -> Compiler:
     """Ask the compiler for its version. The file's time only says when to ask again within this process."""
-    answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, env=_environment())
-    lines = answer.stdout.strip().splitlines()
-    if answer.returncode or not lines:
-        raise NoCompiler(
-            f"`{path} --version` failed: {(answer.stderr.strip().splitlines() or ['no output'])[-1]}; set FLASHLOOM_CXX"
-        )
-    return Compiler(path, lines[0])
+    done = subprocess.run(
+        [path, "-v"], capture_output=True, text=True, errors="replace", check=False, env=_environment()
+    )
+    version = re.search(r"^.*\b(?:gcc|clang) version .*$", done.stderr, re.MULTILINE)
+    machine = re.search(r"^Target: (.+)$", done.stderr, re.MULTILINE)
+    if done.returncode or not version or not machine:
+        raise NoCompiler(f"`{path} -v` does not answer as g++ or clang++ do; name one of these in FLASHLOOM_CXX")
+    return Compiler(path, version[0].strip(), machine[1].strip())
 
 
 def _environment() -> dict[str, str]:
@@ -156,6 +160,12 @@ class CppKernel:
 
     def _compile(self, folder: Path) -> None:
         compiler = find_compiler()
+        wanted = "aarch64" if self.target.name == "aarch64" else "x86_64"
+        if not compiler.machine.startswith(wanted):
+            raise NoCompiler(
+                f"{compiler.path} compiles for {compiler.machine}, not for {self.target}; name a compiler for it in "
+                f"FLASHLOOM_CXX, such as {wanted}-linux-gnu-g++"
+            )
         (folder / "kernel.cpp").write_text(self.source)
         includes = [f"-I{path}" for path in (*self.include_dirs, *_abi_include_dirs())]
         command = [compiler.path, *self.flags, *includes, "-o", "kernel.so", "kernel.cpp", "-lm"]

@@ -26,6 +26,8 @@ is a SealedError that names the field that differs from the nearest entry.
 """
 
 from flashloom.store.entry import Corrupt, Entry, digest
+from flashloom.store.folder import Refused
+from flashloom.store.pack import PackFile, use, write_pack
 from flashloom.store.store import (
     Counters,
     NoToolchain,
@@ -42,6 +44,8 @@ __all__ = [
     "Counters",
     "Entry",
     "NoToolchain",
+    "PackFile",
+    "Refused",
     "SealedError",
     "counters",
     "default_folder",
@@ -49,4 +53,6 @@ __all__ = [
     "get_or_build",
     "is_sealed",
     "seal",
+    "use",
+    "write_pack",
 ]

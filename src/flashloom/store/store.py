@@ -77,7 +77,7 @@ class _State:
         self.counters = Counters()
         self.sealed = False
         self.memory: dict[Key, Entry] = {}
-        self.layers: list[Callable[[str], Entry | None]] = []  # packs, the last used first: request -> entry
+        self.layers: dict[str, Callable[[str], Entry | None]] = {}  # packs by path, the last used first
         self.on_miss_error: str | None = None  # the pack that was used with on_miss="error"
         self.broken: set[Path] = set()  # folders that did not answer in time
         self.warned: set[str] = set()
@@ -139,7 +139,7 @@ def get_or_build(
     raises. Problems with the folder never raise.
     """
     request = Key.of(fields, {}).request
-    for layer in list(_state.layers):
+    for layer in list(_state.layers.values()):
         found = layer(request)
         if found is not None:
             return _hit(found)
@@ -179,6 +179,14 @@ def _of_any_toolchain(request: str) -> Entry | None:
     """On a host without the compiler, what any compiler made of the same request serves."""
     keys = _on_disk("reading", lambda folder: folder.keys(request)) or []
     return next((found for found in map(_read, keys) if found is not None), None)
+
+
+def add_layer(name: str, find: Callable[[str], Entry | None], required: bool) -> None:
+    """Ask ``find`` (request -> entry) before the folder; with ``required`` a miss is an error from now on."""
+    with _state.lock:
+        _state.layers = {name: find, **{other: layer for other, layer in _state.layers.items() if other != name}}
+        if required:
+            _state.on_miss_error = name
 
 
 # Building
@@ -315,13 +323,18 @@ def _reject(entry: Entry, reason: str) -> None:
     _set_aside(entry.key, f"{entry.label!r} from {entry.origin} does not load: {reason}")
 
 
+def note_damage(reason: str) -> None:
+    """Count and log an entry that is damaged or does not load."""
+    _count(corrupt=1)
+    log.warning("a stored kernel is not used: %s", reason)
+
+
 def _is_published(key: Key) -> bool:
     return bool(_on_disk("reading", lambda folder: folder.path(key).exists()))
 
 
 def _set_aside(key: Key, reason: str) -> None:
-    _count(corrupt=1)
-    log.warning("set aside a kernel: %s", reason)
+    note_damage(reason)
     _on_disk("setting aside", lambda folder: folder.set_aside(key))
 
 
