@@ -57,10 +57,7 @@ class Interval:
     lo: Expr
     hi: Expr
     static: tuple[int, int] | None = None
-
-    @property
-    def exact(self) -> bool:
-        return self.lo is self.hi
+    exact: bool = False  # one value over the whole tile, computed just as the mask computes it
 
 
 def bounds(root: Expr) -> tuple[Expr, Expr]:
@@ -126,7 +123,7 @@ def host_block(node: Expr, tensor: torch.Tensor, corners: tuple) -> Any:
 
 def _exact(node: Expr, args: tuple[Interval, ...]) -> Interval:
     value = make(node.op, node.dtype, tuple(a.lo for a in args), node.attr)
-    return Interval(value, value, _static(node, args))
+    return Interval(value, value, _static(node, args), exact=True)
 
 
 def _static(node: Expr, args: tuple[Interval, ...]) -> tuple[int, int] | None:
@@ -400,7 +397,7 @@ def _input(node: Expr, args: tuple[Interval, ...]) -> Interval:
     name = str(node.attr)
     if name in VARYING:
         return Interval(inp(f"{name}_lo"), inp(f"{name}_hi"), STATIC[name])
-    return Interval(node, node, STATIC[name]) if name in STATIC else _unknown(node)
+    return Interval(node, node, STATIC[name], exact=True) if name in STATIC else _unknown(node)
 
 
 def _load(node: Expr, args: tuple[Interval, ...]) -> Interval:
@@ -413,8 +410,8 @@ def _load(node: Expr, args: tuple[Interval, ...]) -> Interval:
 
 
 RULES: dict[str, Callable[[Expr, tuple[Interval, ...]], Interval]] = {
-    "const": lambda node, args: Interval(node, node, _static(node, args)),
-    "param": lambda node, args: Interval(node, node, _static(node, args)),
+    "const": lambda node, args: Interval(node, node, _static(node, args), exact=True),
+    "param": lambda node, args: Interval(node, node, _static(node, args), exact=True),
     "input": _input, "load": _load, "cast": _cast, "where": _where,
     "add": _numeric(lambda a, b: (_op("add", a[0], b[0]), _op("add", a[1], b[1]))),
     "sub": _numeric(lambda a, b: (_op("sub", a[0], b[1]), _op("sub", a[1], b[0]))),

@@ -216,6 +216,19 @@ def _filled(value: float | None) -> Callable[..., Symbol]:
     return build
 
 
+def _new(value: int) -> Callable[..., Symbol]:
+    """new_ones and new_zeros of shape (), with which torch's mask combinators begin."""
+
+    def build(x: Any, size: Any = (), *, dtype: torch.dtype | None = None, **_: Any) -> Symbol:
+        if tuple(size) != ():
+            raise TraceError(
+                f"new_{'ones' if value else 'zeros'} with shape {size}: a hook sees one element, of shape ()"
+            )
+        return _filled(value)(x, dtype=dtype)
+
+    return build
+
+
 OPS: dict[str, Callable[..., Symbol]] = {
     "add": _arithmetic("add", "or"), "sub": _arithmetic("sub", None), "mul": _arithmetic("mul", "and"), "div": _divide,
     "floordiv": _arithmetic("floordiv", None), "mod": _arithmetic("mod", None), "pow": _power,
@@ -230,7 +243,7 @@ OPS: dict[str, Callable[..., Symbol]] = {
     "bitnot": _bitwise("bitnot", "not"), "shl": _bitwise("shl", None), "shr": _bitwise("shr", None),
     "isnan": lambda x: Symbol(make("isnan", BOOL, (ir.cast(lift(x), FLOAT),))),
     "square": lambda x: OPS["mul"](x, x), "reciprocal": lambda x: _divide(1.0, x), "relu": lambda x: OPS["max"](x, 0),
-    "full_like": _filled(None), "zeros_like": _filled(0), "ones_like": _filled(1), "clone": lambda x: Symbol(lift(x)),
+    "new_ones": _new(1), "new_zeros": _new(0), "full_like": _filled(None), "zeros_like": _filled(0), "ones_like": _filled(1), "clone": lambda x: Symbol(lift(x)),
 }  # fmt: skip
 
 # names under which torch knows them, as functions of torch and as methods of a tensor
