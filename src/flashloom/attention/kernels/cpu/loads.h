@@ -155,12 +155,14 @@ FL_INLINE int32_t lowest(int32_t) { return INT32_MIN; }
 FL_INLINE int32_t highest(int32_t) { return INT32_MAX; }
 FL_INLINE int64_t lowest(int64_t) { return INT64_MIN; }
 FL_INLINE int64_t highest(int64_t) { return INT64_MAX; }
-FL_INLINE int32_t plain(bool x) { return x; }
+FL_INLINE bool lowest(bool) { return false; }
+FL_INLINE bool highest(bool) { return true; }
+FL_INLINE bool plain(bool x) { return x; }
 FL_INLINE float plain(float x) { return x; }
 FL_INLINE int32_t plain(int32_t x) { return x; }
 FL_INLINE int64_t plain(int64_t x) { return x; }
 template <class T> struct bound_of { typedef typename T::scalar type; };
-template <> struct bound_of<b8> { typedef int32_t type; };  // bool: 0 or 1
+template <> struct bound_of<b8> { typedef bool type; };
 
 template <class T, bool MAX> typename bound_of<T>::type block_bound(const void* base, const int64_t* box, int rank) {
   typedef typename bound_of<T>::type S;
@@ -215,10 +217,10 @@ inline int32_t block_bits(const void* base, int64_t lo, int64_t hi, int64_t size
   }
   return !find;
 }
-FL_INLINE int32_t block_min_bit(const void* base, int64_t lo, int64_t hi, int64_t size) {
-  return !block_bits(base, lo, hi, size, false) ? 0 : 1;
+FL_INLINE bool block_min_bit(const void* base, int64_t lo, int64_t hi, int64_t size) {
+  return block_bits(base, lo, hi, size, false);
 }
-FL_INLINE int32_t block_max_bit(const void* base, int64_t lo, int64_t hi, int64_t size) {
+FL_INLINE bool block_max_bit(const void* base, int64_t lo, int64_t hi, int64_t size) {
   return block_bits(base, lo, hi, size, true);
 }
 
