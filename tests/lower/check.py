@@ -25,7 +25,5 @@ def compare(variant: v.Variant, hook: str, inputs: Mapping[str, torch.Tensor], g
         settled = torch.isclose(single.double(), double, rtol=1e-6, atol=1e-6, equal_nan=True)
         wrong = settled & ~torch.isclose(got, single, rtol=2e-5, atol=2e-5, equal_nan=True)
     root = getattr(variant.program, hook)
-    where = wrong.nonzero()[:3].tolist()
-    assert not wrong.any(), (
-        f"{root!r}: {int(wrong.sum())} of {wrong.numel()} differ, first at {where}: {got[wrong][:3]} for {single[wrong][:3]}"
-    )
+    where, values = wrong.nonzero()[:3].tolist(), f"{got[wrong][:3]} for {single[wrong][:3]}"
+    assert not wrong.any(), f"{root!r}: {int(wrong.sum())} of {wrong.numel()} differ, first at {where}: {values}"

@@ -28,8 +28,8 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fwrapv", "-fno-math-errno", "-Wno-psabi"]
 DRIVER = """
 struct At { int32_t batch, kv_head, q_len, kv_len, q_start, kv_start; vi q_head, q_pos; };
-extern "C" int FUNCTION(const int32_t* a, const int64_t* words, int32_t rows, const int32_t* heads, const int32_t* q_pos,
-                        const float* logits, float* out, int32_t* kept) {
+extern "C" int FUNCTION(const int32_t* a, const int64_t* words, int32_t rows, const int32_t* heads,
+                        const int32_t* q_pos, const float* logits, float* out, int32_t* kept) {
   const Variant::Params p(words);
   for (int32_t r = 0; r < rows; r += VL) {
     At at = {a[0], a[1], a[2], a[3], a[4], a[5], {}, {}};

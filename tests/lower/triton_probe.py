@@ -92,7 +92,8 @@ def built_in_variants() -> None:
     bits = torch.randint(0, 256, (16,), dtype=torch.uint8)
     for variant in [
         v.causal & v.sliding_window(6, 2) & v.softcap(2.0), v.alibi(4), v.document_mask((torch.arange(21) // 8).int()),
-        v.prefix_lm(torch.tensor([3])), v.custom_mask(torch.rand(5, 21) < 0.5), v.packed_mask(bits, torch.tensor([0, 16])),
+        v.prefix_lm(torch.tensor([3])), v.custom_mask(torch.rand(5, 21) < 0.5),
+        v.packed_mask(bits, torch.tensor([0, 16])),
         v.length_temperature(4), v.sigmoid(0.5),
     ]:  # fmt: skip
         check(case, variant)
