@@ -1,13 +1,92 @@
-"""flashloom: attention variants written as torch code, compiled into fast kernels for the machine at hand."""
+"""flashloom: attention variants written as torch code, compiled into fast kernels for the machine at hand.
 
-from flashloom.attention import Attention, Batch, BlockSparseKV, HeadShape, Plan, Reserve, attention, merge
-from flashloom.kv_cache import DenseKV, PagedKVCache, PageTable, RaggedKV, append
-from flashloom.settings import configure
-from flashloom.target import Target
-from flashloom.variant import *  # noqa: F403
-from flashloom.variant import __all__ as _variants
+The public names are imported when they are first used, so that `flashloom --help` is quick and `flashloom doctor`
+works where
+torch cannot be imported.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashloom.attention import Attention, Batch, BlockSparseKV, HeadShape, Plan, Reserve, attention, merge
+    from flashloom.bench import Workload, bench, workloads
+    from flashloom.kv_cache import DenseKV, PagedKVCache, PageTable, RaggedKV, append
+    from flashloom.pack import Pack, prepare
+    from flashloom.settings import configure
+    from flashloom.store import SealedError, seal, use
+    from flashloom.target import Target
+    from flashloom.variant import (
+        Bits,
+        PerHead,
+        PerKeyToken,
+        PerKVHead,
+        PerQueryToken,
+        PerRequest,
+        Scalar,
+        TraceError,
+        Variant,
+        alibi,
+        alibi_slopes,
+        causal,
+        custom_mask,
+        document_mask,
+        from_flex,
+        full,
+        length_temperature,
+        packed_mask,
+        prefix_lm,
+        rope,
+        rope_frequencies,
+        sigmoid,
+        sink,
+        sliding_window,
+        softcap,
+    )  # fmt: skip
+
+# module -> the public names that live there
+_PUBLIC = {
+    "attention": ("Attention", "Batch", "BlockSparseKV", "HeadShape", "Plan", "Reserve", "attention", "merge"),
+    "bench": ("Workload", "bench", "workloads"),
+    "kv_cache": ("DenseKV", "PageTable", "PagedKVCache", "RaggedKV", "append"),
+    "pack": ("Pack", "prepare"),
+    "settings": ("configure",),
+    "store": ("SealedError", "seal", "use"),
+    "target": ("Target",),
+    "variant": (
+        "Bits", "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Scalar", "TraceError", "Variant",
+        "alibi", "alibi_slopes", "causal", "custom_mask", "document_mask", "from_flex", "full", "length_temperature",
+        "packed_mask", "prefix_lm", "rope", "rope_frequencies", "sigmoid", "sink", "sliding_window", "softcap",
+    ),
+}  # fmt: skip
+_HOME = {name: f"flashloom.{module}" for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
-    "Attention", "Batch", "BlockSparseKV", "DenseKV", "HeadShape", "PageTable", "PagedKVCache", "Plan", "RaggedKV",
-    "Reserve", "Target", "append", "attention", "configure", "merge", *_variants,
+    "Attention", "Batch", "Bits", "BlockSparseKV", "DenseKV", "HeadShape", "Pack", "PageTable", "PagedKVCache",
+    "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Plan", "RaggedKV", "Reserve", "Scalar",
+    "SealedError", "Target", "TraceError", "Variant", "Workload", "alibi", "alibi_slopes", "append", "attention",
+    "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex", "full", "length_temperature", "merge",
+    "packed_mask", "prefix_lm", "prepare", "rope", "rope_frequencies", "seal", "sigmoid", "sink", "sliding_window",
+    "softcap", "use", "workloads",
 ]  # fmt: skip
+
+
+class _Package(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module 'flashloom' has no attribute {name!r}")
+        self.__dict__[name] = getattr(import_module(_HOME[name]), name)
+        return self.__dict__[name]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # importing the package flashloom.attention must not hide the function fl.attention; likewise bench
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

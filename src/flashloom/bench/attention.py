@@ -1,0 +1,225 @@
+"""One attention call timed against its peers: same numbers, interleaved rounds, errors against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import flashloom as fl
+from flashloom import store
+from flashloom.bench import ceilings
+from flashloom.bench.cases import CASES, Case, exact, sampled_rows
+from flashloom.bench.peers import PEERS
+from flashloom.bench.report import OWN, Report, Row
+from flashloom.bench.timing import Timing, interleave
+from flashloom.bench.workloads import Workload
+from flashloom.kernel import NoCompiler
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+KV_DTYPES = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2", torch.int8: "int8"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to time: interleaved rounds, seconds per sample, and the peers' names ("sdpa", "matmul", "flex")."""
+
+    rounds: int = 15
+    sample_time: float = 2e-3
+    against: tuple[str, ...] = ("sdpa", "matmul")
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.against if name not in PEERS]
+        if unknown:
+            raise ValueError(f"against={unknown[0]!r} is not known: use {', '.join(PEERS)}")
+
+
+def inputs(workload: Workload, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q [tokens, q_heads, dim], k [kv tokens, kv_heads, dim] and v [kv tokens, kv_heads, value_dim]."""
+    generator, heads, keys = torch.Generator().manual_seed(seed), workload.heads, sum(workload.kv_lens)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return (
+        normal(workload.tokens, heads.q_heads, heads.dim),
+        normal(keys, heads.kv_heads, heads.dim),
+        normal(keys, heads.kv_heads, heads.value_dim),
+    )
+
+
+def pages_of(workload: Workload, seed: int = 0) -> tuple[fl.Batch, Tensor]:
+    """The batch over randomly permuted pages, and each key token's slot in the cache, int64 [kv tokens]."""
+    size = workload.page_size
+    assert size is not None
+    counts = [-(-kv // size) for kv in workload.kv_lens]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(seed)).int()
+    indptr = torch.tensor([0, *counts]).cumsum(0).int()
+    last = [kv - (count - 1) * size for kv, count in zip(workload.kv_lens, counts)]
+    table = fl.PageTable.from_csr(indptr, order, last, page_size=size)
+    slots = torch.cat([
+        (order[a:b].long()[:, None] * size + torch.arange(size)).flatten()[:kv]
+        for a, b, kv in zip(indptr.tolist(), indptr.tolist()[1:], workload.kv_lens)
+    ])  # fmt: skip
+    return fl.Batch(q_lens=list(workload.q_lens), kv=table), slots
+
+
+def arrange(workload: Workload, k: Tensor, v: Tensor) -> tuple[fl.Batch, Tensor, Tensor]:
+    """The batch, and k and v as the workload stores them: pages [pages, page_size, kv_heads, dim], or as they are
+    when ragged."""
+    if workload.page_size is None:
+        return fl.Batch(q_lens=list(workload.q_lens), kv=fl.RaggedKV(list(workload.kv_lens))), k, v
+    batch, slots = pages_of(workload)
+    shape = (len(batch.pages) * workload.page_size, workload.heads.kv_heads)
+    stored = []
+    for x in (k, v):
+        pages = torch.zeros(*shape, x.shape[-1], dtype=x.dtype)
+        stored.append(pages.index_copy_(0, slots, x).unflatten(0, (-1, workload.page_size)))
+    return batch, stored[0], stored[1]
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in `dtype` and its scale, float32 [1], so that x is about the stored value times the scale."""
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = (x.abs().amax().float() / largest).reshape(1)
+    y = x.float() / scale
+    return (y.round().clamp(-127, 127) if dtype == torch.int8 else y).to(dtype), scale
+
+
+def time_case(
+    case: Case,
+    workload: Workload,
+    dtype: torch.dtype,
+    options: Options,
+    *,
+    kv_dtype: torch.dtype | None = None,
+    suite: str = "attention",
+    attention: fl.Attention | None = None,
+    name: str | None = None,
+) -> Row:
+    """Time flashloom, the peers that can express the case, and the machine's ceiling, taking turns.
+
+    Raises:
+        ArithmeticError: when flashloom's output is further from float64 than its dtype explains; a wrong kernel has
+        no speed.
+    """
+    q, k, v = inputs(workload, dtype)
+    stored_k, stored_v, scales = k, v, ()
+    if kv_dtype is not None:
+        (stored_k, k_scale), (stored_v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
+        scales = (k_scale, v_scale)
+    batch, kc, vc = arrange(workload, stored_k, stored_v)
+    if attention is None:
+        variant = case.variant(workload.heads.q_heads)
+        attention = fl.Attention(workload.heads, variant=variant, dtype=dtype, kv_dtype=kv_dtype)
+    before = store.counters().build_seconds
+    plan = attention.plan(batch)
+    built = store.counters().build_seconds - before
+    out = torch.empty(workload.tokens, workload.heads.q_heads, workload.heads.value_dim, dtype=dtype)
+    kv = (kc, vc, *scales)
+
+    calls: dict[str, Callable[[], object]] = {OWN: lambda: plan.run(q, kv, out=out)}
+    results: dict[str, Callable[[], Tensor]] = {OWN: lambda: out}
+    for peer in options.against:
+        made = PEERS[peer](case, workload, q, k, v)
+        if made is not None:
+            calls[peer], shape = made
+            results[peer] = lambda call=made[0], shape=shape: shape(call())
+    ceiling = _ceiling(workload, dtype, kc, vc)
+    calls.update({ceiling[0]: ceiling[1]} if ceiling else {})
+
+    rows = sampled_rows(workload)
+    wanted = exact(case, workload, q, k, v, rows)
+    calls[OWN]()
+    errors = {peer: float((result()[rows].double() - wanted).abs().max()) for peer, result in results.items()}
+    allowed = _tolerance(dtype, kv_dtype)
+    if not errors[OWN] <= allowed:
+        raise ArithmeticError(
+            f"{case.name}, {workload.name}: the error against float64 is {errors[OWN]:.1e}, above {allowed:.0e}"
+        )
+    times = interleave(calls, rounds=options.rounds, sample_time=options.sample_time)
+    notes, samples = _notes(case, workload, kv_dtype or dtype, times, ceiling)
+    label = DTYPES[dtype] if kv_dtype is None else f"{DTYPES[dtype]}, {KV_DTYPES[kv_dtype]} KV"
+    heads = f"{workload.heads.q_heads}/{workload.heads.kv_heads} x {workload.heads.dim}"
+    title = name or f"{case.name}, {workload.name}, {heads}"
+    return Row(suite, title, label, times, errors, built or None, notes, samples)
+
+
+def bench(
+    attention: fl.Attention,
+    workloads: Sequence[Workload],
+    against: Sequence[str] = ("sdpa", "matmul"),
+    *,
+    rounds: int = 15,
+) -> Report:
+    """Time an Attention on workloads of its own head shape.
+
+    Args:
+        against: peers by name: "sdpa", "matmul" (decode), "flex" (compiled FlexAttention). A peer that cannot express
+        the variant is left out
+            of the row; peers know the variants of flashloom.bench.cases.
+
+    Raises:
+        ValueError: for an unknown peer, no workload, a workload of another head shape, or a variant that cases.py
+        does not define.
+    """
+    options = Options(rounds=rounds, against=tuple(against))
+    if not workloads:
+        raise ValueError("workloads is empty: pass fl.workloads(model) or Workload(...)")
+    case = _case_of(attention)
+    for w in workloads:
+        if w.heads != attention.heads:
+            raise ValueError(f"{w.name} has heads {w.heads} but the Attention has {attention.heads}: make them equal")
+    return Report([time_case(case, w, attention.dtype, options, attention=attention) for w in workloads])
+
+
+def _case_of(attention: fl.Attention) -> Case:
+    digest = attention.variant.program.digest
+    for case in CASES.values():
+        if case.variant(attention.heads.q_heads).program.digest == digest:
+            return case
+    raise ValueError(
+        f"bench knows {', '.join(CASES)} but not {attention.variant}: use time_case with a Case of its own"
+    )
+
+
+def _ceiling(
+    workload: Workload, dtype: torch.dtype, k: Tensor, v: Tensor
+) -> tuple[str, Callable[[], object], int] | None:
+    """(name, call, bytes or flops) of what bounds this workload on a CPU: reading the cache, or the matrix unit."""
+    if k.device.type != "cpu":
+        return None
+    if workload.phase != "decode":
+        return ("matmul peak", *ceilings.matmul(dtype))
+    try:
+        return ("reading", *ceilings.reader(k, v))
+    except NoCompiler:
+        return None
+
+
+def _notes(
+    case: Case,
+    workload: Workload,
+    kv_dtype: torch.dtype,
+    times: dict[str, Timing],
+    ceiling: tuple[str, Callable, int] | None,
+) -> tuple[dict[str, float], dict[str, Timing]]:
+    own, notes = times[OWN].median, {}
+    reads = workload.phase == "decode"
+    work = workload.kv_bytes(kv_dtype) if reads else workload.flops(case.causal)
+    notes["GB/s" if reads else "TFLOP/s"] = work / own / (1e9 if reads else 1e12)
+    if ceiling is None:
+        return notes, {}
+    name, _, amount = ceiling
+    timing = times.pop(name)
+    notes[f"share of {name}"] = (work / own) / (amount / timing.median)
+    return notes, {name: timing}
+
+
+def _tolerance(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> float:
+    """Largest absolute error of an output that is an average of standard normal values."""
+    if kv_dtype is not None:
+        return 0.3
+    return {torch.float32: 2e-5, torch.float16: 1e-2}.get(dtype, 5e-2)

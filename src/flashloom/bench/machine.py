@@ -1,0 +1,91 @@
+"""What a figure was taken on: the machine, the versions, the date and the command, for the JSON beside every table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("flashloom", "torch", "triton", "apache-tvm-ffi", "numpy", "transformers")
+
+
+def describe() -> dict[str, object]:
+    """Processor, cores, memory, threads, versions, UTC date and command line of this process."""
+    from flashloom.doctor import find_compilers
+
+    compilers = find_compilers()
+    found: dict[str, object] = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": memory_gib(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "compiler": compilers[0][1] if compilers else None,
+        "versions": {name: v for name in PACKAGES if (v := _version(name))},
+        "commit": _commit(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def command() -> str:
+    """The command line, with the program's name alone instead of its path."""
+    words = [
+        "flashloom" if Path(sys.argv[0]).stem in ("flashloom", "__main__", "cli") else Path(sys.argv[0]).name,
+        *sys.argv[1:],
+    ]
+    return shlex.join(words)
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def memory_gib() -> int | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that flashloom was imported from, with a + when files differ from it."""
+    here = Path(__file__).resolve().parents[3]
+    if not (here / ".git").exists():
+        return None
+    try:
+
+        def run(*words):
+            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+
+        commit, changed = (
+            run("rev-parse", "--short=12", "HEAD"),
+            run("status", "--porcelain", "--untracked-files=no", "src"),
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") or None

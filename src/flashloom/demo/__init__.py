@@ -1,0 +1,1 @@
+"""The demo: sentence embeddings, continuous batching, a table of speeds, and pictures of variants."""

@@ -1,0 +1,122 @@
+"""flashloom as the attention of transformers 5.
+
+    from flashloom.integrations.transformers import register
+    register()
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="loom")
+
+The name is "loom": transformers takes every name that contains "flash" for the flash-attn package.
+
+The mask function is registered with the attention function: without it transformers passes no mask at all, and padded
+batches are silently wrong. Masks stay descriptions (transformers_masks.py), and each becomes a variant and a batch:
+keys
+of padding are not read, and rows that see no key, or that nothing reads (an encoder's padding), are requests without
+keys: no work, and zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import flashloom as fl
+from flashloom.integrations.transformers_masks import Layout, Mask, dense_layout, flashloom_mask, unmasked_layout
+
+NAME = "loom"
+
+
+def register(name: str = NAME) -> None:
+    """Make `name` an attention implementation of transformers. Calling it again changes nothing.
+
+    Raises ImportError when transformers is absent or older than 5, ValueError for a name that contains "flash".
+    """
+    if "flash" in name:
+        raise ValueError(
+            f"name={name!r}: transformers takes names with 'flash' for the flash-attn package; leave it out"
+        )
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ImportError(
+            f"transformers {transformers.__version__} is too old for flashloom: pip install 'transformers>=5'"
+        )
+    transformers.AttentionInterface.register(name, flashloom_attention)
+    transformers.AttentionMaskInterface.register(name, flashloom_mask)
+
+
+@torch.compiler.disable  # plans are Python objects: a compiled model breaks its graph here
+def flashloom_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        query: [batch, q_heads, q_length, dim]; key, value: [batch, kv_heads, kv_length, dim or value dim].
+        attention_mask: what flashloom_mask returned, a dense bool (True keeps) or float (added) mask
+            [batch or 1, heads or 1, q_length, kv_length], or None: then causal or not by `is_causal`, else the
+            module's.
+        s_aux: attention sinks [q_heads].
+
+    Returns:
+        [batch, q_length, q_heads, value dim], and None for the weights, which are never computed. Rows of padding are
+        0.
+
+    Raises:
+        NotImplementedError: for dropout, attention weights and position_bias.
+    """
+    if dropout:
+        raise NotImplementedError(
+            f"dropout={dropout}: flashloom computes inference; call model.eval() or use 'sdpa' to train"
+        )
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "output_attentions=True: flashloom never forms the weights; use attn_implementation='eager'"
+        )
+    if position_bias is not None:
+        raise NotImplementedError("position_bias is not supported by flashloom's transformers integration: use 'sdpa'")
+    batch, q_heads, q_length, dim = query.shape
+    heads = fl.HeadShape(q_heads, key.shape[1], dim, value.shape[-1])
+    if isinstance(attention_mask, Mask):
+        layout = attention_mask.layout(key.shape[2])
+    elif attention_mask is not None:
+        layout = dense_layout(attention_mask, query, key)
+    else:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        layout = unmasked_layout(query, key, bool(causal), sliding_window)
+
+    variant = layout.variant
+    if softcap is not None:
+        variant = fl.softcap(softcap) & variant
+    if s_aux is not None:
+        variant = variant & fl.sink(s_aux.detach())
+    q = query.transpose(1, 2).reshape(batch * q_length, q_heads, dim)
+    out = _plan(layout, heads, query.dtype, key.dtype, scaling, variant).run(q, (key, value), variant=variant)
+    return out.view(batch, q_length, q_heads, value.shape[-1]), None
+
+
+def _plan(
+    layout: Layout,
+    heads: fl.HeadShape,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    scale: float | None,
+    variant: fl.Variant,
+) -> fl.Plan:
+    """The plan for this layout, made by the first layer that needs it and shared by the others of the same forward
+    pass."""
+    key = (heads, dtype, kv_dtype, scale, variant.program.digest)
+    if key not in layout.plans:
+        attention = fl.Attention(heads, variant=variant, dtype=dtype, kv_dtype=kv_dtype, layout="HND", sm_scale=scale)
+        layout.plans[key] = attention.plan(layout.batch)
+    return layout.plans[key]

@@ -1,0 +1,349 @@
+"""transformers' masks as descriptions: a pattern of positions and a padding interval per sequence, instead of [T, S]
+bools.
+
+transformers builds a mask from nested functions (causal and window and padding ...). Those made by its own factories
+are
+recognised by their code object and become a variant; any other function is evaluated to a dense mask, which is right
+too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import masking_utils as hf
+
+import flashloom as fl
+
+# Models in which a bidirectional mask over as many keys as queries can only be self-attention, so that a padded key
+# is a
+# padded query too. Elsewhere it may be cross-attention, whose queries are all real.
+ENCODERS = {
+    "albert", "bert", "camembert", "distilbert", "electra", "ernie", "eurobert", "modernbert", "mpnet", "nomic_bert",
+    "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
+
+class FirstKey(fl.Variant):
+    """Drops the keys before each request's first real one (left padding)."""
+
+    first: fl.PerRequest
+
+    def logits_mask(self, at):
+        return at.kv_pos >= self.first[at.batch]
+
+
+class LastKey(fl.Variant):
+    """Drops the keys after each request's last real one (right padding)."""
+
+    stop: fl.PerRequest
+
+    def logits_mask(self, at):
+        return at.kv_pos < self.stop[at.batch]
+
+
+class KeptKeys(fl.Variant):
+    """Keeps the keys marked in a [requests, keys] bool tensor (padding with gaps)."""
+
+    keep: torch.Tensor
+
+    def logits_mask(self, at):
+        return self.keep[at.batch, at.kv_pos]
+
+
+class SameChunk(fl.Variant):
+    """Attention within chunks of `size` tokens, counted from each request's `start` (Llama 4)."""
+
+    size: int
+    start: fl.PerRequest
+
+    def logits_mask(self, at):
+        start = self.start[at.batch]
+        return (at.kv_pos - start) // self.size == (at.q_pos - start) // self.size
+
+
+class SameDocument(fl.Variant):
+    """Attention within packed documents, numbered in a [requests, tokens] integer tensor."""
+
+    documents: torch.Tensor
+
+    def logits_mask(self, at):
+        return self.documents[at.batch, at.kv_pos] == self.documents[at.batch, at.q_pos]
+
+
+class Bias(fl.Variant):
+    """Adds a [requests, q_heads, q_length, kv_length] tensor to the logits; row i is query token i of the step."""
+
+    bias: torch.Tensor
+
+    def logits_transform(self, logits, at):
+        return logits + self.bias[at.batch, at.q_head, at.q_pos - (at.kv_len - at.q_len), at.kv_pos]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a mask function of transformers says, without padding: positions kept relative to the query's."""
+
+    causal: bool = False
+    left: int | None = None  # keys kept before the query
+    right: int | None = None  # keys kept after it
+    chunk: tuple[int, Tensor] | None = None  # size, left padding [batch]
+    documents: Tensor | None = None  # [batch, tokens]
+
+    @property
+    def positional(self) -> bool:
+        """Whether it matters where a query stands relative to the keys."""
+        return self.causal or any(x is not None for x in (self.left, self.right, self.chunk, self.documents))
+
+
+@dataclass
+class Layout:
+    """How one attention call is posed to flashloom, and the plans made for it."""
+
+    batch: fl.Batch
+    variant: fl.Variant
+    plans: dict[tuple, fl.Plan] = field(default_factory=dict)
+
+
+def read_pattern(function: Callable) -> Pattern | None:
+    """The pattern of a mask function made by transformers' factories; None for any other function."""
+    if function is hf.causal_mask_function:
+        return Pattern(causal=True)
+    if function is hf.bidirectional_mask_function:
+        return Pattern()
+    inside = _captured(function)
+    code = getattr(function, "__code__", None)
+    if code is _code(hf.and_masks()):
+        pattern = Pattern()
+        for part in map(read_pattern, inside["mask_functions"]):
+            if part is None or not _disjoint(pattern, part):
+                return None
+            pattern = replace(pattern, **{k: v for k, v in vars(part).items() if v is not None and v is not False})
+        return pattern
+    if code is _code(hf.sliding_window_overlay(1)):
+        return Pattern(left=inside["sliding_window"] - 1)
+    if code is _code(hf.sliding_window_bidirectional_overlay(1)):
+        return Pattern(left=inside["sliding_window"], right=inside["sliding_window"])
+    if code is _code(hf.chunked_overlay(1, torch.zeros(1))):
+        return Pattern(chunk=(inside["chunk_size"], inside["left_padding"]))
+    if code is _code(hf.packed_sequence_mask_function(torch.zeros(1))):
+        return Pattern(documents=inside["packed_sequence_mask"])
+    return None
+
+
+class Mask(torch.Tensor):
+    """A bool mask [batch, 1, q_length, kv_length], True keeps, that is formed only if some torch operation asks for
+    it."""
+
+    form: Callable[[], Tensor]
+    rules: Rules
+
+    @staticmethod
+    def __new__(cls, rules: Rules, form: Callable[[], Tensor], device: torch.device) -> Mask:
+        size = (rules.requests, 1, rules.q_length, rules.kv_length)
+        mask = torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.bool, device=device)
+        mask.rules, mask.form, mask._layouts = rules, form, {}
+        return mask
+
+    def layout(self, keys: int) -> Layout:
+        """The batch and variant for this mask over `keys` cached keys; the same object for every layer of a forward
+        pass."""
+        if keys != self.rules.kv_length:
+            raise ValueError(
+                f"the mask describes {self.rules.kv_length} keys, the layer has {keys}: use one of transformers' caches"
+            )
+        if keys not in self._layouts:
+            self._layouts[keys] = self.rules.layout()
+        return self._layouts[keys]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = torch.utils._pytree.tree_map_only(Mask, lambda mask: mask.form(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __repr__(self, **options: object) -> str:
+        return f"Mask({self.rules})"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some query rows of one sequence, the keys they may meet, and the real ones of these, first:stop."""
+
+    owner: int
+    rows: int
+    keys: int = 0
+    first: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A pattern, the padding of each sequence, and where the queries stand among the keys.
+
+    Query row i stands at key slot `first_row + i`. `keep` is bool [requests, kv_length] on the host, None when nothing
+    is padded. `skip_padding`: rows of padding are not computed, as nobody reads them.
+    """
+
+    pattern: Pattern
+    requests: int
+    q_length: int
+    kv_length: int
+    first_row: int
+    kv_offset: int
+    keep: Tensor | None
+    skip_padding: bool
+
+    def layout(self) -> Layout:
+        """The batch and the variant that mean the same as this mask."""
+        pattern, frontier = self.pattern, self.first_row + self.q_length
+        # Keys past the newest query are not written yet (static caches). Without a rule of position all keys count.
+        end = min(frontier, self.kv_length) if pattern.causal else self.kv_length
+        if pattern.positional and end != frontier:
+            raise ValueError(
+                f"{self.q_length} queries at slots {self.first_row} to {frontier - 1} of {self.kv_length} keys with "
+                f"{pattern}: flashloom cannot place them; use attn_implementation='sdpa'"
+            )
+        keep = None if self.keep is None else self.keep[:, :end]
+        real = [(0, end)] * self.requests if keep is None else _intervals(keep)
+        if real is None:
+            pieces = [Piece(b, self.q_length, end, 0, end) for b in range(self.requests)]
+            return self._layout(pieces, KeptKeys(keep=keep.contiguous()))
+        return self._layout(
+            [piece for b, (first, stop) in enumerate(real) for piece in self._pieces(b, first, stop, end)]
+        )
+
+    def _pieces(self, b: int, first: int, stop: int, end: int) -> list[Piece]:
+        """The rows of one sequence whose real keys are first:stop; rows that see no key become a piece without keys."""
+        if first == stop:
+            return [Piece(b, self.q_length)]
+        if self.skip_padding:
+            return [Piece(b, first), Piece(b, stop - first, stop, first, stop), Piece(b, self.q_length - stop)]
+        if not self.pattern.positional:
+            return [Piece(b, self.q_length, stop, first, stop)]
+        blind = min(max(0, first - self.first_row), self.q_length) if self.pattern.causal else 0
+        return [Piece(b, blind), Piece(b, self.q_length - blind, end, first, stop)]
+
+    def _layout(self, pieces: list[Piece], kept: fl.Variant | None = None) -> Layout:
+        """One request per piece that has rows."""
+        pieces = [piece for piece in pieces if piece.rows]
+        owner = torch.tensor([piece.owner for piece in pieces], dtype=torch.int64)
+        variant = self._variant(owner)
+        if any(piece.first for piece in pieces):
+            variant = variant & FirstKey(first=torch.tensor([piece.first for piece in pieces], dtype=torch.int32))
+        if any(piece.stop < piece.keys for piece in pieces):
+            variant = variant & LastKey(stop=torch.tensor([piece.stop for piece in pieces], dtype=torch.int32))
+        lengths = [piece.keys for piece in pieces]
+        pages = fl.PageTable.from_block_table(owner[:, None].int(), lengths, page_size=self.kv_length)
+        batch = fl.Batch(q_lens=[piece.rows for piece in pieces], kv=pages)
+        return Layout(batch, variant if kept is None else variant & kept)
+
+    def _variant(self, owner: Tensor) -> fl.Variant:
+        pattern = self.pattern
+        variant = fl.causal if pattern.causal else fl.full
+        if pattern.left is not None or pattern.right is not None:
+            variant = variant & fl.sliding_window(pattern.left, pattern.right)
+        if pattern.chunk is not None:
+            size, padding = pattern.chunk
+            variant = variant & SameChunk(size=size, start=(padding.cpu()[owner] - self.kv_offset).int())
+        if pattern.documents is not None:
+            variant = variant & SameDocument(documents=pattern.documents.cpu()[owner].int())
+        return variant
+
+
+def flashloom_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = hf.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    config: object = None,
+    **kwargs: object,
+) -> Tensor:
+    """transformers' mask interface: a Mask where the pattern is known, else a dense bool [batch, 1, q_length,
+    kv_length]."""
+
+    q_offset = q_offset if torch.compiler.is_compiling() else int(q_offset)  # a static cache moves its tensor on later
+
+    def form() -> Tensor:
+        return hf.sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            allow_is_causal_skip=False, use_vmap=bool(kwargs.get("use_vmap", False)), device=device,
+        )  # fmt: skip
+
+    pattern = None if torch.compiler.is_compiling() else read_pattern(mask_function)
+    if pattern is None or (pattern.documents is not None and (q_offset or kv_offset)):
+        return form()
+    keep = None
+    if attention_mask is not None:
+        padded = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        keep = padded[:, kv_offset : kv_offset + kv_length].bool().cpu()
+        keep = None if bool(keep.all()) else keep
+    encoder = getattr(config, "model_type", None) in ENCODERS and not getattr(config, "add_cross_attention", False)
+    skip = encoder and not pattern.causal and q_length == kv_length and q_offset == 0
+    rules = Rules(pattern, batch_size, q_length, kv_length, q_offset - kv_offset, kv_offset, keep, skip)
+    return Mask(rules, form, torch.device(device))
+
+
+def unmasked_layout(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Layout:
+    """No mask was made: causal (from the first key, as torch's SDPA) when asked and there is more than one query,
+    else all keys."""
+    batch, _, q_length, _ = query.shape
+    keys = key.shape[2]
+    causal = causal and q_length > 1
+    if causal and keys < q_length:
+        raise ValueError(f"causal attention of {q_length} queries over {keys} keys needs a mask: pass attention_mask")
+    variant = fl.causal if causal else fl.full
+    if window is not None and causal:
+        variant = variant & fl.sliding_window(window - 1)
+    kv = fl.DenseKV(batch, keys, lens=[q_length if causal else keys] * batch)
+    return Layout(fl.Batch(q_lens=[q_length] * batch, kv=kv), variant)
+
+
+def dense_layout(mask: Tensor, query: Tensor, key: Tensor) -> Layout:
+    """A mask given as numbers: bool (True keeps) or float (added to the logits)."""
+    batch, heads, q_length, _ = query.shape
+    keys = key.shape[2]
+    if mask.dim() != 4 or mask.shape[2] not in (1, q_length) or mask.shape[3] < keys:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: it must be [batch or 1, heads or 1, {q_length}, {keys}]"
+        )
+    mask = mask[..., :keys].expand(batch, heads, q_length, keys)
+    if mask.dtype == torch.bool:
+        variant = fl.custom_mask(mask)
+    else:
+        variant = Bias(bias=mask.detach())
+    return Layout(fl.Batch(q_lens=[q_length] * batch, kv=fl.DenseKV(batch, keys)), variant)
+
+
+def _intervals(keep: Tensor) -> list[tuple[int, int]] | None:
+    """(first, last + 1) of the kept slots of each row, (0, 0) for none; None when a row has gaps."""
+    count = keep.sum(1)
+    first = keep.int().argmax(1)
+    last = keep.shape[1] - keep.flip(1).int().argmax(1)
+    if bool(((last - first != count) & (count > 0)).any()):
+        return None
+    return [(int(a), int(b)) if n else (0, 0) for a, b, n in zip(first, last, count)]
+
+
+def _captured(function: Callable) -> dict[str, object]:
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    return dict(zip(code.co_freevars, (c.cell_contents for c in cells))) if code is not None and cells else {}
+
+
+def _code(function: Callable) -> object:
+    return function.__code__
+
+
+def _disjoint(a: Pattern, b: Pattern) -> bool:
+    """Whether no rule of position is in both, so that merging loses none (causal twice is causal)."""
+    return not any(
+        getattr(a, k) is not None and getattr(b, k) is not None for k in ("left", "right", "chunk", "documents")
+    )

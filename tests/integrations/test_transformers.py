@@ -1,0 +1,255 @@
+"""transformers with flashloom against the same models with SDPA (eager where SDPA is not offered), tiny and seeded."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="the transformers integration is optional")
+
+from flashloom.integrations import transformers_masks as masks  # noqa: E402
+from flashloom.integrations.transformers import flashloom_attention, register  # noqa: E402
+
+register()
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+DECODER = SMALL | {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)), "sdpa"
+
+
+def mistral():
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**DECODER, sliding_window=6)), "sdpa"
+
+
+def gemma2():
+    config = transformers.Gemma2Config(
+        **DECODER, head_dim=16, sliding_window=6, attn_logit_softcapping=2.0, query_pre_attn_scalar=16
+    )
+    return transformers.Gemma2ForCausalLM(config), "eager"  # SDPA ignores the soft cap
+
+
+def gpt_oss():
+    config = transformers.GptOssConfig(
+        **DECODER, head_dim=16, sliding_window=6, num_local_experts=2, num_experts_per_tok=1
+    )
+    return transformers.GptOssForCausalLM(config), "eager"
+
+
+def llama4():
+    config = transformers.Llama4TextConfig(
+        **DECODER, head_dim=16, attention_chunk_size=5, num_local_experts=2, intermediate_size_mlp=96, moe_layers=[]
+    )
+    return transformers.Llama4ForCausalLM(config), "sdpa"
+
+
+def qwen2():
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER)), "sdpa"
+
+
+DECODERS = [llama, mistral, gemma2, gpt_oss, llama4, qwen2]
+
+
+def build(maker):
+    torch.manual_seed(0)
+    model, peer = maker()
+    for name, parameter in model.named_parameters():
+        if "sinks" in name or name.endswith("bias"):
+            parameter.data.normal_()
+    model.eval()
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
+    return model, peer
+
+
+def both(model, peer, call):
+    """The call's results with flashloom and with the peer."""
+    model.set_attn_implementation("loom")
+    ours = call()
+    model.set_attn_implementation(peer)
+    return ours, call()
+
+
+def batch(padding, lengths=(13, 5, 9)):
+    torch.manual_seed(1)
+    ids = torch.randint(2, 128, (len(lengths), max(lengths)))
+    mask = torch.zeros_like(ids)
+    for row, length in zip(mask, lengths):
+        row[slice(-length, None) if padding == "left" else slice(length)] = 1
+    return ids * mask, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("maker", DECODERS, ids=lambda f: f.__name__)
+def test_logits(maker, padding):
+    model, peer = build(maker)
+    ids, mask = batch(padding) if padding else (batch("left")[0].clamp(min=2), None)
+    ours, theirs = both(model, peer, lambda: model(ids, attention_mask=mask).logits)
+    if mask is None:
+        rows = torch.ones_like(ids, dtype=bool)
+    elif peer == "sdpa":
+        rows = mask.cumsum(1) > 0  # left padding sees no key
+    else:
+        rows = mask.bool()  # eager averages all keys where a row of padding sees none
+    torch.testing.assert_close(ours[rows], theirs[rows], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("maker", DECODERS, ids=lambda f: f.__name__)
+def test_generate(maker, padding, cache):
+    if cache == "static" and maker is llama4:
+        pytest.skip("transformers 5.17 cannot make the chunked mask of a static cache")
+    model, peer = build(maker)
+    if padding == "right" and peer == "eager":
+        pytest.skip("generation starts at a row of padding, where eager averages all keys if a window hides them")
+    ids, mask = batch(padding)
+    options = {"do_sample": False, "max_new_tokens": 10, "disable_compile": True}
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    ours, theirs = both(model, peer, lambda: model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_generate_continues_a_cache_in_chunks():
+    model, peer = build(mistral)
+    ids, _ = batch(None, (20, 20))
+
+    def call():
+        cache = transformers.DynamicCache(config=model.config)
+        model(ids[:, :7], past_key_values=cache)
+        return model(ids[:, 7:], past_key_values=cache).logits
+
+    torch.testing.assert_close(*both(model, peer, call), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right", "gaps"])
+def test_bert(padding):
+    model, peer = build(lambda: (transformers.BertModel(transformers.BertConfig(**SMALL)), "sdpa"))
+    ids, mask = batch("right" if padding == "gaps" else padding)
+    if padding == "gaps":
+        mask[0, 3:5] = 0
+    ours, theirs = both(model, peer, lambda: model(ids, attention_mask=mask).last_hidden_state)
+    torch.testing.assert_close(ours[mask.bool()], theirs[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_bert_cross_attention_computes_every_query():
+    config = transformers.BertConfig(**SMALL, is_decoder=True, add_cross_attention=True)
+    model, peer = build(lambda: (transformers.BertModel(config), "sdpa"))
+    ids, mask = batch("right")
+    states = torch.randn(3, 13, 64)
+
+    def call():
+        return model(ids.clamp(min=2), encoder_hidden_states=states, encoder_attention_mask=mask).last_hidden_state
+
+    torch.testing.assert_close(*both(model, peer, call), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_own_dense_mask(dtype):
+    model, peer = build(llama)
+    ids, _ = batch(None, (9, 9))
+    keep = torch.rand(2, 1, 9, 9) < 0.6
+    keep |= torch.eye(9, dtype=bool)
+    mask = keep if dtype == torch.bool else torch.where(keep, torch.randn(2, 1, 9, 9), torch.finfo(dtype).min)
+    ours, theirs = both(model, peer, lambda: model(ids, attention_mask=mask).logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packed_sequences():
+    model, peer = build(llama)
+    ids, _ = batch(None, (12,))
+    positions = torch.tensor([[*range(5), *range(7)]])
+    ours, theirs = both(model, peer, lambda: model(ids, position_ids=positions, use_cache=False).logits)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_beam_search():
+    model, peer = build(llama)
+    ids, mask = batch("left")
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6}
+    ours, theirs = both(model, peer, lambda: model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(ours, theirs)
+
+
+def test_unsupported_features_are_refused():
+    q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    module = torch.nn.Module()
+    with pytest.raises(NotImplementedError, match="dropout"):
+        flashloom_attention(module, q, k, k, None, dropout=0.1)
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        flashloom_attention(module, q, k, k, None, output_attentions=True)
+    with pytest.raises(NotImplementedError, match="position_bias"):
+        flashloom_attention(module, q, k, k, None, position_bias=torch.zeros(1, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"\(1, 1, 2, 3\)"):
+        flashloom_attention(module, q, k, k, torch.ones(1, 1, 2, 3, dtype=bool))
+
+
+def test_training_is_refused():
+    model, _ = build(llama)
+    model.set_attn_implementation("loom")
+    with pytest.raises(RuntimeError, match="no_grad"):
+        model(batch(None, (4,))[0])
+
+
+def test_the_mask_is_registered():
+    assert "loom" in transformers.AttentionMaskInterface._global_mapping
+
+
+def test_names_with_flash_are_refused():
+    with pytest.raises(ValueError, match="flash-attn package"):
+        register("flashloom")
+
+
+HF = transformers.masking_utils
+PATTERNS = {
+    "causal": (HF.causal_mask_function, masks.Pattern(causal=True)),
+    "bidirectional": (HF.bidirectional_mask_function, masks.Pattern()),
+    "window": (HF.sliding_window_causal_mask_function(4), masks.Pattern(causal=True, left=3)),
+    "both sides": (HF.sliding_window_bidirectional_mask_function(4), masks.Pattern(left=4, right=4)),
+}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_read(name):
+    function, pattern = PATTERNS[name]
+    assert masks.read_pattern(function) == pattern
+
+
+def test_unknown_functions_become_dense():
+    assert masks.read_pattern(lambda b, h, q, kv: kv % 2 == 0) is None
+    assert masks.read_pattern(HF.or_masks(HF.causal_mask_function, HF.causal_mask_function)) is None
+    two_windows = HF.and_masks(HF.sliding_window_overlay(3), HF.sliding_window_overlay(5))
+    assert masks.read_pattern(two_windows) is None
+    mask = masks.flashloom_mask(1, 3, 3, mask_function=lambda b, h, q, kv: kv % 2 == q % 2)
+    assert type(mask) is torch.Tensor
+    assert mask[0, 0].tolist() == [[True, False, True], [False, True, False], [True, False, True]]
+
+
+def test_mask_forms_numbers_only_when_asked():
+    mask = masks.flashloom_mask(2, 4, 6, q_offset=2, attention_mask=torch.ones(2, 6, dtype=bool))
+    assert isinstance(mask, masks.Mask)
+    assert mask.shape == (2, 1, 4, 6)
+    cut = mask[:, :, :, :3]
+    assert type(cut) is torch.Tensor
+    assert torch.equal(cut, HF.sdpa_mask(2, 4, 6, 2, allow_is_causal_skip=False)[..., :3])
