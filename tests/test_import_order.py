@@ -17,7 +17,7 @@ LAYERS = [
     {"store"},
     {"kernel"},
     {"attention", "kv_cache", "ops", "dispatch"},
-    {"tune", "bench", "pack", "prepare"},
+    {"tune", "bench", "pack", "serving"},
     {"integrations", "compat", "cli", "commands", "testing", "demo", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

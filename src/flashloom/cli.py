@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "flashloom.commands.explain:explain",
         "Print the source that a variant compiles to, and the kernel chosen.",
     ),
+    "pack": ("flashloom.commands.pack:pack", "Build kernels ahead into one file for machines that compile nothing."),
+    "store": ("flashloom.commands.store:store", "Look into the kernel store, check it, make room."),
     "bench": ("flashloom.commands.bench:bench", "Time kernels against PyTorch, interleaved; save JSON and a plot."),
 }
 

@@ -14,11 +14,13 @@ import torch
 if TYPE_CHECKING:
     from flashloom.attention.batch import Batch, Reserve
     from flashloom.attention.executor import AttentionSpec, Executor
+    from flashloom.kernel import Kernel
+    from flashloom.target import Target
 
 #: Attention executors by kind of device, the preferred first; a module is imported when it is first asked for.
 ATTENTION: dict[str, list[str]] = {
     "cpu": ["flashloom.attention.cpu:CpuExecutor", "flashloom.attention.reference:ReferenceExecutor"],
-    "cuda": ["flashloom.attention.reference:ReferenceExecutor"],
+    "cuda": ["flashloom.attention.triton_executor:TritonExecutor", "flashloom.attention.reference:ReferenceExecutor"],
 }
 #: Kernels of `fl.append` by kind of device, called as append_reference is; without one the reference serves.
 APPEND: dict[str, str] = {}
@@ -54,6 +56,19 @@ def choose(spec: AttentionSpec, device: torch.device) -> list[tuple[type[Executo
         wanted = chosen is None or executor.name == chosen
         answers.append((executor, executor.refuses(spec, device) if wanted else f"only {chosen!r} was asked for"))
     return answers
+
+
+def kernels(spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int) -> list[Kernel]:
+    """The kernels that a plan takes from the store on a target, for steps with this longest and mean query and pages of
+    this size (0: a request's keys are one run of tokens). None of them is compiled, and no device is needed. Raises
+    ValueError when no backend has kernels for it."""
+    device = torch.device("cpu" if target.is_cpu else "cuda")
+    for executor in map(_find, ATTENTION[device.type]):
+        if hasattr(executor, "kernels"):
+            found = executor.kernels(spec, target, max_q_len, mean_q_len, page_size)
+            if found:
+                return found
+    raise ValueError(f"no backend has kernels for {spec.heads} with {spec.q_dtype} queries on {target}")
 
 
 def plan(

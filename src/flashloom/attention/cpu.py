@@ -98,6 +98,13 @@ class CpuExecutor:
             return f"head dims above {LARGEST_DIM}"
         return None
 
+    @classmethod
+    def kernels(
+        cls, spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int
+    ) -> list[cpp.CppKernel]:
+        """What such plans need on a target; one kernel serves every batch."""
+        return [] if cls.refuses(spec, torch.device("cpu")) else [kernel(spec, target)]
+
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Find or compile the kernel, and schedule the batch."""
         built = kernel(self._spec, self.target)

@@ -144,7 +144,10 @@ class CppKernel:
     def entry(self) -> store.Entry:
         """The compiled kernel, from the store or built now. Raises NoCompiler, CompileError or SealedError."""
         return store.get_or_build(
-            self.fields, self._compile, toolchain=lambda: find_compiler().identity, label=self.name
+            self.fields,
+            self._compile,
+            toolchain=lambda: find_compiler().identity,
+            label=f"{self.name} {self.target}",
         )
 
     def load(self) -> Module:

@@ -155,7 +155,7 @@ def get_or_build(
         found = _state.memory.get(key) or _read(key)
         if found is not None:
             return _hit(found)
-        why = _why_missed(fields, tools, label)
+        why = _why_missed(fields, tools)
         if is_sealed() or _state.on_miss_error:
             reason = (
                 "fl.seal() or FLASHLOOM_SEALED" if is_sealed() else f'fl.use({_state.on_miss_error!r}, on_miss="error")'
@@ -368,13 +368,15 @@ def _warn(topic: str, message: str) -> None:
         log.warning("%s", message)
 
 
-def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any], label: str) -> str:
+def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any]) -> str:
     """What is different in the nearest entry."""
     best: list[str] | None = None
     asked = {**fields, "toolchain": toolchain}
     for found in _on_disk("listing", lambda folder: list(evict.manifests(folder, limit=256))) or ():
+        if found["fields"].get("kind") != fields.get("kind"):
+            continue
         differs = difference(asked, {**found["fields"], "toolchain": found["toolchain"]})
-        if found["label"] == label and differs and (best is None or len(differs) < len(best)):
+        if differs and (best is None or len(differs) < len(best)):
             best = differs
     return "; ".join(best) if best else "nothing of this kind is stored"
 

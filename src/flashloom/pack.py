@@ -1,0 +1,115 @@
+"""Kernels built ahead: `prepare` for this machine and these batches, `Pack` for other machines and every batch that
+serving brings.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from flashloom import dispatch, store
+from flashloom.attention import Attention, Batch
+from flashloom.bench.workloads import Workload
+from flashloom.kernel import Kernel
+from flashloom.store.jobs import job_limit
+from flashloom.target import Target
+
+__all__ = ["Pack", "prepare"]
+
+
+def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch], *, jobs: int | None = None) -> None:
+    """Build all kernels that plans for these batches need, side by side, so that later plans find them.
+
+    Processes that prepare the same kernels at the same time share the work. jobs: plans made at a time, by default as
+    many as
+    CPUs and memory allow. Raises what `plan` raises.
+    """
+    attentions = [attention] if isinstance(attention, Attention) else list(attention)
+    asked = [(one, batch) for batch in batches for one in attentions]
+    random.Random(os.getpid()).shuffle(asked)  # so that processes begin with different kernels
+    with ThreadPoolExecutor(jobs or job_limit(), "flashloom-prepare") as pool:
+        for _ in pool.map(lambda one: one[0].plan(one[1]), asked):
+            pass
+
+
+class Pack:
+    """A list of kernels to build for named targets, on any machine, into one file that machines without a compiler use.
+
+        pack = fl.Pack(targets=[fl.Target("sm90"), fl.Target("x86-avx2")])
+        pack.add(attention, fl.workloads("llama-3-8b"))
+        pack.build("llama.loom")
+        fl.use("llama.loom", on_miss="error")
+
+    targets: Target or its name. Raises ValueError when there is none.
+    """
+
+    def __init__(self, targets: Iterable[Target | str]) -> None:
+        self.targets = [target if isinstance(target, Target) else Target(target) for target in targets]
+        if not self.targets:
+            raise ValueError('a pack needs targets; give some, such as Pack(targets=["sm90", "x86-avx2"])')
+        self.path: Path | None = None
+        self._kernels: dict[str, Kernel] = {}
+
+    def add(self, attention: Attention, workloads: Iterable[Workload | Batch]) -> Pack:
+        """Add what plans of `attention` for these workloads or batches need, on every target.
+
+        Raises ValueError when a target has no kernel for it.
+        """
+        shapes = dict.fromkeys(_shape(workload) for workload in workloads)
+        for target in self.targets:
+            for shape in shapes:
+                for kernel in dispatch.kernels(attention.spec, target, *shape):
+                    self._kernels.setdefault(store.digest(kernel.fields), kernel)
+        return self
+
+    def __len__(self) -> int:
+        return len(self._kernels)
+
+    def build(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        jobs: int | None = None,
+        progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+    ) -> store.PackFile:
+        """Build all kernels that the user's store lacks and write the pack; the same kernels always give the same
+        bytes.
+
+        jobs: kernels built at a time, by default as many as CPUs and memory allow. progress: called with the number
+        done, the
+        number in all and the name of the kernel just done. Raises ValueError for an empty pack, and what building
+        raises; then
+        nothing is written.
+        """
+        if not self._kernels:
+            raise ValueError("the pack has no kernels; add() some first")
+        entries = []
+        with ThreadPoolExecutor(jobs or job_limit(), "flashloom-pack") as pool:
+            building = {pool.submit(kernel.entry): kernel for kernel in self._kernels.values()}
+            try:
+                for future in as_completed(building):
+                    entries.append(future.result())
+                    progress(len(entries), len(building), building[future].name)
+            finally:
+                for future in building:
+                    future.cancel()
+        store.write_pack(Path(path), entries)
+        self.path = Path(path)
+        return store.PackFile(path)
+
+    def __fspath__(self) -> str:
+        if self.path is None:
+            raise ValueError("this pack has not been built; call build(path) first")
+        return str(self.path)
+
+
+def _shape(workload: Workload | Batch) -> tuple[int, int, int]:
+    """(longest query, mean query, page size or 0) of a step."""
+    if isinstance(workload, Batch):
+        requests, page_size = workload.requests, 0 if workload.ragged else workload.page_size
+        tokens = workload.tokens if workload.tokens is not None else workload.max_q_len * requests
+        return workload.max_q_len, -(-tokens // max(requests, 1)), page_size
+    return max(workload.q_lens), -(-workload.tokens // len(workload.q_lens)), workload.page_size or 0

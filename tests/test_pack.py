@@ -1,0 +1,257 @@
+"""From a model to a pack to a process that compiles nothing: through the Python names and through the command line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import flashloom as fl
+from flashloom import serving, settings, store
+from flashloom.attention import cpu
+from flashloom.cli import main
+from flashloom.kernel import cpp
+from flashloom.store import store as store_module
+from flashloom.target import Target
+
+ROOT = Path(fl.__file__).parents[1]
+HEADS = fl.HeadShape(4, 2, 64)
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """A store of its own, and no kernel loaded."""
+
+    def forget():
+        monkeypatch.setattr(store_module, "_state", store_module._State())
+        monkeypatch.setattr(cpp, "_loaded", {})
+        cpu._functions.cache_clear()
+
+    monkeypatch.setattr(settings, "_current", settings.Settings(cache_dir=tmp_path / "store"))
+    forget()
+    yield forget
+    cpu._functions.cache_clear()
+
+
+def attention(variant=fl.causal, dtype=torch.float32) -> fl.Attention:
+    return fl.Attention(HEADS, variant=variant, dtype=dtype, device="cpu")
+
+
+def batch(*lengths: int) -> fl.Batch:
+    return fl.Batch(q_lens=list(lengths), kv=fl.RaggedKV(list(lengths)))
+
+
+def test_prepare_builds_what_plans_need(fresh):
+    fl.prepare([attention(), attention(fl.full)], [batch(3, 5), batch(1)])
+    assert store.counters().builds == 2
+    fl.seal()
+    attention().plan(batch(7))
+    attention(fl.full).plan(batch(2, 2))
+    with pytest.raises(fl.SealedError, match=r"source: asked .*, found .*fl\.prepare"):
+        attention(fl.causal & fl.softcap(3.0)).plan(batch(3))
+
+
+def test_a_pack_serves_a_process_without_a_compiler(fresh, tmp_path, monkeypatch):
+    pack = fl.Pack(targets=[Target.here()])
+    pack.add(attention(), [batch(3), fl.Workload("a", HEADS, (1, 1), (5, 6))])
+    assert len(pack) == 1
+    with pytest.raises(ValueError, match=r"has not been built; call build\(path\)"):
+        fl.use(pack)
+    pack.build(tmp_path / "a.loom")
+    q, k, v = torch.randn(3, 4, 64), torch.randn(3, 2, 64), torch.randn(3, 2, 64)
+    wanted = attention().plan(batch(3)).run(q, (k, v))
+
+    settings.configure(cache_dir=tmp_path / "empty")
+    fresh()
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    fl.use(pack, on_miss="error")
+    assert torch.equal(attention().plan(batch(3)).run(q, (k, v)), wanted)
+    assert (store.counters().hits, store.counters().builds) == (1, 0)
+
+
+def test_the_same_pack_twice_is_the_same_bytes(fresh, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        settings.configure(cache_dir=tmp_path / name)
+        fresh()
+        pack = fl.Pack(targets=["x86-avx2", "x86"] if Target("x86").supported else [Target.here()])
+        pack.add(attention(), [batch(3)]).build(tmp_path / f"{name}.loom", jobs=2)
+        written.append((tmp_path / f"{name}.loom").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match="a pack needs targets"):
+        fl.Pack(targets=[])
+    with pytest.raises(ValueError, match="Target 'sm9' is unknown"):
+        fl.Pack(targets=["sm9"])
+    with pytest.raises(ValueError, match="the pack has no kernels"):
+        fl.Pack(targets=["x86"]).build(tmp_path / "a.loom")
+    wide = fl.Attention(fl.HeadShape(1, 1, 4096), dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="no backend has kernels for"):
+        fl.Pack(targets=["x86"]).add(wide, [batch(1)])
+
+
+# Models
+
+
+def test_every_known_model_has_attentions():
+    for name in serving.MODELS:
+        for one in serving.attentions(serving.model_config(name)):
+            assert one.dtype == torch.bfloat16
+
+
+def test_a_configuration_says_which_layers_there_are(tmp_path):
+    config = {
+        "model_type": "gemma2", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "sliding_window": 4096, "attn_logit_softcapping": 50.0, "torch_dtype": "float16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = serving.attentions(serving.model_config(str(tmp_path)), tensor_parallel=2)
+    assert [one.heads for one in found] == [fl.HeadShape(4, 2, 256)] * 2
+    assert found[0].dtype == torch.float16
+    digests = [one.variant.program.digest for one in found]
+    assert digests == [
+        (fl.causal & fl.softcap(1.0)).program.digest,
+        (fl.causal & fl.sliding_window(7) & fl.softcap(1.0)).program.digest,
+    ]
+    deepseek = {"num_attention_heads": 128, "hidden_size": 7168, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    assert serving.attentions(deepseek)[0].heads == fl.HeadShape.mla(q_heads=128, latent=512, rope=64)
+
+
+def test_configurations_without_attention_are_refused():
+    with pytest.raises(ValueError, match=r"neither a config\.json nor one of llama"):
+        serving.model_config("nosuch")
+    with pytest.raises(ValueError, match="has no 'num_attention_heads'"):
+        serving.attentions({})
+    with pytest.raises(ValueError, match="do not divide over 3 ranks"):
+        serving.attentions(serving.model_config("llama-3-8b"), tensor_parallel=3)
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "x86-avx2"])
+def test_steps_cover_every_choice(target):
+    """Random batches need no kernel that the steps do not."""
+    if target.startswith("sm"):
+        pytest.importorskip("triton", reason="GPU kernels are written in Triton")
+    import random
+
+    choices = random.Random(3)
+    one = serving.attentions(serving.model_config("qwen2.5-7b"))[0]
+    pack = fl.Pack(targets=[target]).add(one, serving.steps(one.heads, 16))
+    count = len(pack)
+    for _ in range(200):
+        q_lens = [int(2 ** choices.uniform(0, 13)) for _ in range(choices.randint(1, 9))]
+        pack.add(one, [fl.Workload("random", one.heads, tuple(q_lens), tuple(q_lens))])
+    assert len(pack) == count
+
+
+# The command line
+
+
+def run(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def test_pack_commands(tmp_path):
+    target, path = Target.here().name, str(tmp_path / "a.loom")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, "hidden_size": 64, "dtype": "float32"}))
+    made = run("pack", "build", "--target", target, "--model", str(tmp_path / "config.json"), "-o", path, "-j", "1")
+    assert f"{path}: 1 kernels" in made
+    assert "1 kernels, all whole" in run("pack", "verify", path)
+    assert target in run("pack", "ls", path)
+    data = bytearray(Path(path).read_bytes())
+    data[-1000] ^= 1
+    Path(path).write_bytes(data)
+    assert "attention-f32" in run("pack", "verify", path, code=1)
+    assert "neither a config.json" in run("pack", "build", "--target", target, "--model", "nosuch", "-o", path, code=1)
+    assert "'sm9' is unknown" in run("pack", "build", "--target", "sm9", "--model", "llama-3-8b", "-o", path, code=1)
+
+
+def test_store_commands():
+    def build(folder):
+        (folder / "kernel.so").write_bytes(b"1" * 1000)
+
+    for number in range(3):
+        store.get_or_build({"kind": "test", "number": number, "target": "x86"}, build, label=f"kernel {number}")
+    assert "3 kernels, 0.00 MB" in run("store", "ls")
+    assert "3 kernels whole, 0 damaged" in run("store", "verify")
+    missed = run("store", "why-miss", "kernel 2")
+    assert "number: asked 2, found" in missed
+    assert "no kernel's name holds 'nosuch'" in run("store", "why-miss", "nosuch", code=1)
+    folder = store.default_folder()
+    (folder.path(next(folder.all_keys())) / "kernel.so").write_bytes(b"2" * 1000)
+    assert "2 kernels whole, 1 damaged" in run("store", "verify", code=1)
+    assert "removed 0 kernels" in run("store", "prune")
+    assert "removed 1 kernels" in run("store", "prune", "--size", "2000")
+    assert "removed 1 kernels" in run("store", "clear")
+    assert "0 kernels" in run("store", "ls")
+
+
+# Another process
+
+
+SERVE = """
+import sys, torch
+import flashloom as fl
+fl.use(sys.argv[1], on_miss="error")
+fl.seal()
+heads = fl.HeadShape(4, 2, 64)
+q, k, v = torch.ones(3, 4, 64), torch.ones(3, 2, 64), torch.ones(3, 2, 64)
+attention = fl.Attention(heads, variant=fl.causal, dtype=torch.float32, device="cpu")
+plan = attention.plan(fl.Batch(q_lens=[3], kv=fl.RaggedKV([3])))
+assert plan.executor == "cpu", plan.explain()
+assert torch.allclose(plan.run(q, (k, v)), torch.ones(3, 4, 64))
+"""
+
+
+def test_an_offline_process_without_a_compiler_and_a_home(tmp_path):
+    fl.Pack(targets=[Target.here()]).add(attention(), [batch(3)]).build(tmp_path / "a.loom")
+    environment = {"PATH": "/nowhere", "PYTHONPATH": str(ROOT), "HOME": "/nowhere", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", SERVE, str(tmp_path / "a.loom")]
+    unshare = shutil.which("unshare")
+    if unshare and os.geteuid() == 0:  # a network namespace without a route
+        command = [unshare, "--net", *command]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+def test_ranks_with_warm_and_cold_stores_have_the_same_kernels(tmp_path):
+    """Four processes at once, two of them with a warm store: the same kernels, the same plans, the same results."""
+    warm = tmp_path / "warm"
+    settings.configure(cache_dir=warm)
+    fl.prepare(attention(), [batch(3)])
+    code = f"""
+import sys, torch
+import flashloom as fl
+from flashloom import store
+torch.manual_seed(0)
+torch.set_num_threads(1)
+attention = fl.Attention(fl.HeadShape(4, 2, 64), variant=fl.causal, dtype=torch.float32, device="cpu")
+plan = attention.plan(fl.Batch(q_lens=[3], kv=fl.RaggedKV([3])))
+out = plan.run(torch.randn(3, 4, 64), (torch.randn(3, 2, 64), torch.randn(3, 2, 64)))
+kernel = fl.dispatch.kernels(attention.spec, fl.Target({Target.here().name!r}), 3, 3, 0)[0].entry()
+print(kernel.key.key, store.digest(kernel.files["kernel.so"]), store.digest(out.numpy().tobytes()), plan.explain())
+"""
+    stores = [warm, tmp_path / "cold", warm, tmp_path / "cold"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "FLASHLOOM_CACHE_DIR": str(path)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for path in stores
+    ]
+    answers = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * 4
+    assert len(set(answers)) == 1
+    assert answers[0]
