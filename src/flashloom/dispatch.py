@@ -23,7 +23,7 @@ ATTENTION: dict[str, list[str]] = {
     "cuda": ["flashloom.attention.triton_executor:TritonExecutor", "flashloom.attention.reference:ReferenceExecutor"],
 }
 #: Kernels of `fl.append` by kind of device, called as append_reference is; without one the reference serves.
-APPEND: dict[str, str] = {}
+APPEND: dict[str, str] = {"cuda": "flashloom.attention.triton_append:append"}
 
 _only: ContextVar[str | None] = ContextVar("flashloom_executor", default=None)
 _warned: set[str] = set()

@@ -1,4 +1,5 @@
-"""Loading and launching a stored GPU kernel through the CUDA driver: no compiler, no toolkit, about 6 microseconds of host time.
+"""Loading and launching a stored GPU kernel through the CUDA driver: no compiler, no toolkit, about 6 microseconds of
+host time.
 
 The packed arguments live as long as the launch object; a launch rewrites them in place and calls `cuLaunchKernel`.
 """
@@ -31,7 +32,9 @@ def _driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
-        raise CudaError(f"the CUDA driver cannot be loaded ({error}): install the NVIDIA driver, or run on the CPU") from None
+        raise CudaError(
+            f"the CUDA driver cannot be loaded ({error}): install the NVIDIA driver, or run on the CPU"
+        ) from None
 
 
 def _check(code: int, what: str) -> None:
@@ -53,12 +56,20 @@ class Function:
             torch.cuda.current_stream(device)  # the primary context exists and is current from here on
             torch.cuda.synchronize(device) if not torch.cuda.is_initialized() else None
             module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
-            _check(_driver().cuModuleLoadData(ctypes.byref(module), entry.files["kernel.cubin"]), f"loading {entry.label}")
+            _check(
+                _driver().cuModuleLoadData(ctypes.byref(module), entry.files["kernel.cubin"]), f"loading {entry.label}"
+            )
             self.module = module
             name = entry.metadata["name"].encode()
-            _check(_driver().cuModuleGetFunction(ctypes.byref(self.handle), module, name), f"finding {entry.metadata['name']}")
+            _check(
+                _driver().cuModuleGetFunction(ctypes.byref(self.handle), module, name),
+                f"finding {entry.metadata['name']}",
+            )
             if self.shared > 48 << 10:
-                _check(_driver().cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, self.shared), f"{entry.label}: {self.shared} B shared memory")
+                _check(
+                    _driver().cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED, self.shared),
+                    f"{entry.label}: {self.shared} B shared memory",
+                )
 
 
 _functions: dict[tuple[str, int], Function] = {}
@@ -66,7 +77,8 @@ _lock = threading.Lock()
 
 
 def load(kernel: Any, device: torch.device) -> Function:
-    """The kernel (a `TritonKernel`) on this device; from the store, or compiled now. One module per kernel and device in a process."""
+    """The kernel (a `TritonKernel`) on this device; from the store, or compiled now. One module per kernel and device
+    in a process."""
     entry = kernel.entry()
     key = (entry.key.key, device.index)
     with _lock:

@@ -13,7 +13,8 @@ from flashloom.kernel.triton import TritonKernel
 __all__ = ["Launcher", "launcher"]
 
 Launcher = Callable[[int, Sequence[Any]], None]
-"""Called with the number of programs and the flat run-time arguments: addresses (in the interpreter tensors) and numbers."""
+"""Called with the number of programs and the flat run-time arguments: addresses (in the interpreter tensors) and
+numbers."""
 
 
 def launcher(kernel: TritonKernel, device: torch.device) -> Launcher:

@@ -1,6 +1,8 @@
-"""Triton kernels for a named target: compiled on any machine, kept in the store, launched without Triton's own launcher.
+"""Triton kernels for a named target: compiled on any machine, kept in the store, launched without Triton's own
+launcher.
 
-A `TritonKernel` says what is asked: the jit function, the types of its run-time arguments and its constants. On a host without a GPU it
+A `TritonKernel` says what is asked: the jit function, the types of its run-time arguments and its constants. On a host
+without a GPU it
 compiles all the same; `kernel.cuda` loads the result.
 """
 
@@ -22,9 +24,9 @@ from flashloom.target import Target
 __all__ = ["POINTERS", "TritonKernel", "interpreting", "pointer"]
 
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64", torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.bool: "*i1",
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -49,11 +51,14 @@ def installed() -> bool:
 
 @functools.lru_cache
 def toolchain() -> dict[str, str]:
-    """What of the toolchain decides the machine code: Triton's version (it brings its own assembler). Raises store.NoToolchain."""
+    """What of the toolchain decides the machine code: Triton's version (it brings its own assembler). Raises
+    store.NoToolchain."""
     try:
         import triton
     except ImportError:
-        raise store.NoToolchain("Triton is not installed: install flashloom[gpu], or use a pack with the kernels built ahead") from None
+        raise store.NoToolchain(
+            "Triton is not installed: install flashloom[gpu], or use a pack with the kernels built ahead"
+        ) from None
     return {"triton": triton.__version__}
 
 
@@ -61,7 +66,8 @@ def toolchain() -> dict[str, str]:
 class TritonKernel:
     """One kernel to compile.
 
-    signature: run-time arguments by name, in the function's order, as Triton names types (a tuple of them for a tuple argument);
+    signature: run-time arguments by name, in the function's order, as Triton names types (a tuple of them for a tuple
+    argument);
     constants: every other argument; aligned: names of pointers that are multiples of 16 bytes.
     """
 
@@ -91,8 +97,11 @@ class TritonKernel:
         }
 
     def entry(self) -> store.Entry:
-        """The compiled kernel, `kernel.cubin` with its metadata, from the store or built now. Raises NoToolchain or SealedError."""
-        return store.get_or_build(self.fields, self._build, toolchain=toolchain, label=f"triton {self.name} {self.target}")
+        """The compiled kernel, `kernel.cubin` with its metadata, from the store or built now. Raises NoToolchain or
+        SealedError."""
+        return store.get_or_build(
+            self.fields, self._build, toolchain=toolchain, label=f"triton {self.name} {self.target}"
+        )
 
     def compile(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(texts and binaries by stage, metadata), without a store and without Triton's cache folder."""
@@ -110,7 +119,9 @@ class TritonKernel:
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
-        module = source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+        module = source.make_ir(
+            target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        )
         metadata: dict[str, Any] = {"target": target, **options.__dict__}
         stages: dict[str, Any] = {}
         backend.add_stages(stages, options, source.language)
@@ -123,7 +134,10 @@ class TritonKernel:
     def _build(self, folder: Path) -> dict[str, Any]:
         results, metadata = self.compile()
         (folder / "kernel.cubin").write_bytes(results["cubin"])
-        kept = {key: metadata.get(key, 0) for key in ("name", "shared", "num_warps", "global_scratch_size", "profile_scratch_size")}
+        kept = {
+            key: metadata.get(key, 0)
+            for key in ("name", "shared", "num_warps", "global_scratch_size", "profile_scratch_size")
+        }
         return json.loads(json.dumps(kept))
 
 

@@ -23,7 +23,7 @@ BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/",
           "shr": ">>"}  # fmt: skip
 CALLS = {"abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2",
          "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt",
-         "erf": "tl.erf", "sin": "tl.sin", "cos": "tl.cos", "floor": "tl.floor", "where": "tl.where",
+         "erf": "tl.erf", "sin": "_sin", "cos": "_cos", "floor": "tl.floor", "where": "tl.where",
          "sigmoid": "_sigmoid", "tanh": "_tanh"}  # fmt: skip
 
 PRELUDE = """\
@@ -44,6 +44,29 @@ def _tanh(x):
     square = x * x
     small = x * (1.0 - square * (0.33333334 - square * (0.13333334 - square * 0.05396825)))
     return tl.where(tl.abs(x) < 0.18, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _sin_quadrant(x, quarters: tl.constexpr):
+    # sin(x + quarters * pi/2); the reduction in float64 is exact enough to |x| = 1e9 and, unlike the library's, needs no table in memory
+    turns = tl.floor(x * 0.6366197723675814 + 0.5)
+    r = (x.to(tl.float64) - turns.to(tl.float64) * 1.5707963267948966).to(tl.float32)
+    square = r * r
+    odd = r + r * square * (-0.16666654611 + square * (0.0083321608736 - square * 0.00019515295891))
+    even = 1.0 + square * (-0.5 + square * (0.041666645683 + square * (-0.0013887316255 + square * 0.000024433157118)))
+    quadrant = turns.to(tl.int32) + quarters
+    value = tl.where((quadrant & 1) == 0, odd, even)
+    return tl.where((quadrant & 2) == 0, value, -value)
+
+
+@triton.jit
+def _sin(x):
+    return _sin_quadrant(x, 0)
+
+
+@triton.jit
+def _cos(x):
+    return _sin_quadrant(x, 1)
 
 
 @triton.jit

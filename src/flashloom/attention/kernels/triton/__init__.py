@@ -1,0 +1,1 @@
+"""Triton attention kernels as plain files: every NVIDIA GPU from sm_80 on, and the interpreter."""

@@ -1,0 +1,404 @@
+"""Attention over paged, ragged or dense KV: decode, prefill, append and any mix of them, one launch.
+
+A program takes one work item (`plan.py` writes them): a block of packed query rows of one request (query token * GROUP
++ head, so that the
+heads of a group share every key they read) against a range of its keys, for one kv head. Where a block's keys are
+split over several items, each leaves a partial state, and the last of them to arrive combines them in order and
+stores the result. So a run is one launch, and its
+result does not depend on who was last.
+
+Scores are kept so that one multiply-add gives the exponent of 2: exp2(s * c - m * c), with c = scale * log2(e).
+Quantised keys are multiplied
+in float16, in which every value of theirs is exact; the query rows are brought into its range by a factor per row.
+"""
+
+# ruff: noqa: RUF005, SIM102
+import triton
+import triton.language as tl
+from flashloom.attention.kernels.triton.finish import combine, finish
+from flashloom.attention.kernels.triton.tiles import load_keys, load_tile, stored, token_offsets, token_pages
+
+ITEM_WORDS = tl.constexpr(16)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_queries(
+    base, row, row_mask, head, q_pos, at, values,
+    QUERY: tl.constexpr, QUERY_INDEX: tl.constexpr, QUERY_LOADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + BLOCK of the query rows at element offsets `row`, transformed where the variant does."""
+    column = FIRST + tl.arange(0, BLOCK)
+    if QUERY is None:
+        query = load_tile(base, row, column, row_mask, DIM, BLOCK, FIRST, True)
+    else:
+        loads = ()
+        for i in tl.static_range(QUERY_LOADS):
+            loads = loads + (  # type: ignore[assignment]
+                load_tile(base, row, QUERY_INDEX(i, column), row_mask, DIM, BLOCK, FIRST, True).to(tl.float32),
+            )
+        batch, kv_head, q_len, kv_len, q_start, kv_start = at
+        query = QUERY(
+            loads,
+            batch,
+            head[:, None],
+            kv_head,
+            q_pos[:, None],
+            q_len,
+            kv_len,
+            q_start,
+            kv_start,
+            column[None, :],
+            values,
+        )
+        query = query + tl.zeros([row.shape[0], BLOCK], tl.float32)
+        if FIRST + BLOCK > DIM:
+            query = tl.where((column < DIM)[None, :], query, 0.0)
+    return query
+
+
+@triton.jit
+def kept_range(
+    first, last, kv_hi, q_pos_lo, q_pos_hi, at, values,
+    BOUNDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Of the tiles first to last: (begin, end) of those with any key kept, and (full_begin, full_end), a run that needs
+    no mask."""
+    batch, kv_head, q_len, kv_len, q_start, kv_start = at
+    head_lo, head_hi = kv_head * GROUP, kv_head * GROUP + GROUP - 1
+    begin, end = first, last
+    full_begin, full_end = first, kv_hi // BLOCK_N
+    all_kept, _ = BOUNDS(
+        batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, first * BLOCK_N, kv_hi - 1, q_len, kv_len, q_start,
+        kv_start, values
+    )  # fmt: skip
+    if not all_kept:
+        begin, end = last, first
+        full_begin, full_end = last, last
+        if SCAN == 0:  # the verdict reads tensors: tile by tile
+            for tile in range(first, last):
+                low = tile * BLOCK_N
+                high = tl.minimum(low + BLOCK_N, kv_hi)
+                full, some = BOUNDS(
+                    batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, low, high - 1, q_len, kv_len, q_start,
+                    kv_start, values
+                )  # fmt: skip
+                begin = tl.where(some, tl.minimum(begin, tile), begin)
+                end = tl.where(some, tile + 1, end)
+                whole = full & (high - low == BLOCK_N)
+                full_begin = tl.where(whole, tl.minimum(full_begin, tile), full_begin)
+                full_end = tl.where((tile > full_begin) & (whole == 0), tl.minimum(full_end, tile), full_end)
+        else:
+            for group in range(first, last, SCAN):
+                tile = group + tl.arange(0, SCAN)
+                low = tile * BLOCK_N
+                full, some = BOUNDS(
+                    batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, low, tl.minimum(low + BLOCK_N, kv_hi) - 1,
+                    q_len, kv_len, q_start, kv_start, values,
+                )  # fmt: skip
+                some = some & (tile < last)
+                full = full & (low + BLOCK_N <= kv_hi)
+                begin = tl.minimum(begin, tl.min(tl.where(some, tile, last), 0))
+                end = tl.maximum(end, tl.max(tl.where(some, tile + 1, first), 0))
+                full_begin = tl.minimum(full_begin, tl.min(tl.where(full, tile, last), 0))
+                full_end = tl.minimum(full_end, tl.min(tl.where((tile > full_begin) & (full == 0), tile, last), 0))
+        end = tl.maximum(begin, end)
+        full_begin = tl.minimum(full_begin, end)
+        full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
+    return begin, end, full_begin, full_end
+
+
+@triton.jit
+def attend_tiles(
+    first, last, skip_at, skip, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
+    v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at, values,
+    KEY: tl.constexpr, KEY_INDEX: tl.constexpr, KEY_LOADS: tl.constexpr, LOGITS: tl.constexpr, MASK: tl.constexpr,
+    SOFTMAX: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    V0: tl.constexpr, V1: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, VEC_K: tl.constexpr,
+    VEC_V: tl.constexpr, QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr,
+    V_SCALE: tl.constexpr, E4M3_BITS: tl.constexpr, LATENT: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Go over tiles first to last of keys (from skip_at on, `skip` further) and update the state of the online
+    softmax."""
+    batch, kv_head, q_len, kv_len, q_start, kv_start = at
+    tile = first
+    if MASKED:
+        tile = first + tl.where(first >= skip_at, skip, 0)
+    next_page = token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N)
+    for index in range(first, last):
+        tile = index
+        following = index + 1
+        if MASKED:
+            tile = index + tl.where(index >= skip_at, skip, 0)
+            following = index + 1 + tl.where(index + 1 >= skip_at, skip, 0)
+        kv_pos = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        live = kv_pos < kv_hi
+        page = next_page.to(tl.int64)
+        next_page = token_pages(
+            following, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N
+        )  # a step ahead, so that no load waits for it
+        within = token_offsets(tile, PAGE_SIZE, BLOCK_N)
+        k_row = (page * k_page + within * k_token) * VEC_K
+        key_scale = scale
+        if K_SCALE == 2:
+            k_factor = tl.load(k_scale + (page + tl.zeros([BLOCK_N], tl.int64)) * k_scale_page)
+            key_scale = k_factor[:, None]
+        key0 = load_keys(
+            k, k_row, kv_pos, at, key_scale, values, live, KEY, KEY_INDEX, KEY_LOADS, DIM, D0, 0, QK_TYPE, E4M3_BITS,
+            MASKED
+        )  # fmt: skip  # [BLOCK_N, D0]
+        s = tl.dot(q0, tl.trans(key0), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        if D1 > 0:
+            key1 = load_keys(
+                k, k_row, kv_pos, at, key_scale, values, live, KEY, KEY_INDEX, KEY_LOADS, DIM, D1, D0, QK_TYPE,
+                E4M3_BITS, MASKED
+            )  # fmt: skip
+            s = tl.dot(q1, tl.trans(key1), s, input_precision=PRECISION)
+        if not RAW:
+            s = s * c[:, None]
+            if K_SCALE == 2 and KEY is None:
+                s = s * k_factor[None, :]
+        if LOGITS is not None:
+            s = LOGITS(
+                s, batch, q_head[:, None], kv_head, q_pos[:, None], kv_pos[None, :], q_len, kv_len, q_start, kv_start,
+                values
+            ) + tl.zeros_like(s)  # fmt: skip
+        if MASKED:
+            keep = live[None, :]
+            if MASK is not None:
+                keep = keep & MASK(
+                    batch,
+                    q_head[:, None],
+                    kv_head,
+                    q_pos[:, None],
+                    kv_pos[None, :],
+                    q_len,
+                    kv_len,
+                    q_start,
+                    kv_start,
+                    values,
+                )
+            s = tl.where(keep, s, float("-inf") if SOFTMAX else 0.0)
+        if SOFTMAX:
+            new_top = tl.maximum(top, tl.max(s, 1))
+            base = new_top
+            if MASKED or LOGITS is not None:
+                base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            if RAW:
+                base = base * c
+                p = tl.exp2(s * c[:, None] - base[:, None])
+                rescale = tl.exp2(top * c - base)
+            else:
+                p = tl.exp2((s - base[:, None]) * LOG2E)
+                rescale = tl.exp2((top - base) * LOG2E)
+            top = new_top
+            total = total * rescale + tl.sum(p, 1)
+            acc0 = acc0 * rescale[:, None]
+            if V1 > 0:
+                acc1 = acc1 * rescale[:, None]
+        else:
+            p = s
+        if LATENT:
+            value0 = key0
+        else:
+            v_row = (page * v_page + within * v_token) * VEC_V
+            value0 = stored(load_tile(v, v_row, tl.arange(0, V0), live, VALUE_DIM, V0, 0, MASKED), PV_TYPE, E4M3_BITS)
+        if V_SCALE == 2:
+            v_factor = tl.load(v_scale + (page + tl.zeros([BLOCK_N], tl.int64)) * v_scale_page)
+            p = p * v_factor[None, :]
+        p = p.to(PV_TYPE)
+        acc0 = tl.dot(p, value0, acc0, input_precision=PRECISION)  # [BLOCK_M, V0]
+        if V1 > 0:
+            value1 = stored(
+                load_tile(v, v_row, V0 + tl.arange(0, V1), live, VALUE_DIM, V1, V0, MASKED), PV_TYPE, E4M3_BITS
+            )
+            acc1 = tl.dot(p, value1, acc1, input_precision=PRECISION)
+    return acc0, acc1, top, total
+
+
+@triton.jit
+def attend(
+    q, k, v, out, lse, k_scale, v_scale, items, pages, part_out, part_lse, arrivals,
+    q_token, q_head_step, k_page, k_token, k_head, v_page, v_token, v_head, out_token, out_head, lse_token, lse_head,
+    k_scale_page, k_scale_head, v_scale_page, v_scale_head, sm_scale, flags, values,
+    QUERY: tl.constexpr, QUERY_INDEX: tl.constexpr, QUERY_LOADS: tl.constexpr, KEY: tl.constexpr, KEY_INDEX:
+    tl.constexpr, KEY_LOADS: tl.constexpr, LOGITS: tl.constexpr, MASK: tl.constexpr, BOUNDS: tl.constexpr, OUTPUT:
+    tl.constexpr, SOFTMAX: tl.constexpr, SCAN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM:
+    tl.constexpr, VALUE_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MERGE_ROWS: tl.constexpr, MERGE_SPLITS:
+    tl.constexpr, VEC_Q: tl.constexpr, VEC_K: tl.constexpr, VEC_V: tl.constexpr, VEC_OUT: tl.constexpr,
+    QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
+):  # fmt: skip
+    """One work item for one kv head. Grid: (items * KV_HEADS,).
+
+    q, out [tokens, KV_HEADS * GROUP, DIM | VALUE_DIM]; k, v [pages, PAGE_SIZE, KV_HEADS, ...]; lse float32 [tokens,
+    heads]; inner strides 1,
+    the others in vectors of VEC_*. K_SCALE, V_SCALE: 0 none, 1 per kv head (strides 0 for one number), 2 per page and
+    kv head.
+    items int32 [*, 16]; part_out float32 [slots, KV_HEADS, BLOCK_M, VALUE_DIM]; part_lse float32 [slots, KV_HEADS,
+    BLOCK_M];
+    arrivals int32 [tiles, KV_HEADS], zero before and after. flags: bit 0 store lse, bit 1 partial. NEGATIVE: sm_scale
+    is.
+    """
+    kv_head = tl.program_id(0) % KV_HEADS
+    item = items + (tl.program_id(0) // KV_HEADS).to(tl.int64) * ITEM_WORDS
+    batch = tl.load(item)
+    q_start = tl.load(item + 1)
+    q_len = tl.load(item + 2)
+    kv_len = tl.load(item + 3)
+    kv_start = tl.load(item + 4)
+    row_start = tl.load(item + 5)
+    kv_lo = tl.load(item + 6)
+    kv_hi = tl.load(item + 7)
+    page_begin = tl.load(item + 8)
+    first_page = tl.load(item + 9)
+    splits = tl.load(item + 10)
+    split = tl.load(item + 11)
+    slot = tl.load(item + 12).to(tl.int64) * KV_HEADS + kv_head
+    arrival = tl.load(item + 13).to(tl.int64) * KV_HEADS + kv_head
+    if batch < 0:
+        return
+
+    RAW: tl.constexpr = SOFTMAX and LOGITS is None and not NEGATIVE and (K_SCALE != 2 or KEY is not None)
+    at = (batch, kv_head, q_len, kv_len, q_start, kv_start)
+    rows = tl.minimum(q_len * GROUP - row_start, BLOCK_M)
+    local = tl.arange(0, BLOCK_M)
+    row = row_start + tl.minimum(
+        local, rows - 1
+    )  # rows beyond the last repeat it, so that hooks see positions that exist
+    token = row // GROUP
+    q_head = kv_head * GROUP + row % GROUP
+    q_pos = kv_len - q_len + token
+    row_mask = local < rows
+
+    scale = 1.0
+    if K_SCALE == 1:
+        scale = tl.load(k_scale + kv_head * k_scale_head)
+    k_scale += kv_head * k_scale_head
+    v_scale += kv_head * v_scale_head
+    k += (kv_head * k_head) * VEC_K
+    v += (kv_head * v_head) * VEC_V
+    q_row = ((q_start + token).to(tl.int64) * q_token + q_head.to(tl.int64) * q_head_step) * VEC_Q
+    q0 = load_queries(
+        q, q_row, row_mask, q_head, q_pos, at, values, QUERY, QUERY_INDEX, QUERY_LOADS, DIM, D0, 0
+    )  # [BLOCK_M, D0]
+    q1 = q0
+    if D1 > 0:
+        q1 = load_queries(q, q_row, row_mask, q_head, q_pos, at, values, QUERY, QUERY_INDEX, QUERY_LOADS, DIM, D1, D0)
+    factor = sm_scale
+    if K_SCALE == 1 and KEY is None:
+        factor = sm_scale * scale
+    c = tl.zeros([BLOCK_M], tl.float32) + factor
+    if Q_FACTOR:  # keep float16 in range: the largest element of a row becomes 1
+        size = tl.max(tl.abs(q0.to(tl.float32)), 1)
+        if D1 > 0:
+            size = tl.maximum(size, tl.max(tl.abs(q1.to(tl.float32)), 1))
+        size = tl.where(size > 0.0, size, 1.0)
+        q0 = q0.to(tl.float32) / size[:, None]
+        if D1 > 0:
+            q1 = q1.to(tl.float32) / size[:, None]
+        c = c * size
+    if RAW:
+        c = tl.maximum(c * LOG2E, 1e-37)  # 0 must not meet -inf
+    q0 = q0.to(QK_TYPE)
+    if D1 > 0:
+        q1 = q1.to(QK_TYPE)
+
+    first, last = kv_lo // BLOCK_N, tl.cdiv(kv_hi, BLOCK_N)
+    full_begin, full_end = first, kv_hi // BLOCK_N
+    if BOUNDS is not None:
+        if kv_hi > kv_lo:
+            q_pos_lo = kv_len - q_len + row_start // GROUP
+            q_pos_hi = kv_len - q_len + (row_start + rows - 1) // GROUP
+            first, last, full_begin, full_end = kept_range(
+                first, last, kv_hi, q_pos_lo, q_pos_hi, at, values, BOUNDS, GROUP, BLOCK_N, SCAN
+            )  # fmt: skip
+
+    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, 16 if V1 == 0 else V1], tl.float32)
+    top = tl.zeros([BLOCK_M], tl.float32) + float("-inf")
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc0, acc1, top, total = attend_tiles(
+        full_begin, full_end, 0, 0, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
+        v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at,
+        values, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM, VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE, BLOCK_N,
+        VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW, False,
+    )  # fmt: skip
+    acc0, acc1, top, total = attend_tiles(  # before and after the full tiles
+        first, last - (full_end - full_begin), full_begin, full_end - full_begin, acc0, acc1, top, total, q0, q1, c,
+        scale, q_head, q_pos, kv_hi, k, v, k_scale, v_scale, pages, page_begin, first_page, k_page, k_token, v_page,
+        v_token, k_scale_page, v_scale_page, at, values, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
+        VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE,
+        E4M3_BITS, LATENT, RAW, True,
+    )  # fmt: skip
+
+    state = top
+    if SOFTMAX:
+        whole = tl.where(total == 0.0, 1.0, total)
+        acc0 = acc0 / whole[:, None]
+        if V1 > 0:
+            acc1 = acc1 / whole[:, None]
+        state = tl.where(total == 0.0, float("-inf"), (top * c if RAW else top * LOG2E) + tl.log2(whole))
+    if V_SCALE == 1:
+        v_factor = tl.load(v_scale)
+        acc0 = acc0 * v_factor
+        if V1 > 0:
+            acc1 = acc1 * v_factor
+
+    if splits == 1:
+        finish(
+            acc0, state * LN2, row, row_mask, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT, lse_token,
+            lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0, 0,
+        )  # fmt: skip
+        if V1 > 0:
+            finish(
+                acc1, state * LN2, row, row_mask, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT, lse_token,
+                lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V1, V0,
+            )  # fmt: skip
+        return
+
+    mine = (slot + split * KV_HEADS) * BLOCK_M + local  # int64 [BLOCK_M]
+    column = tl.arange(0, V0)
+    tl.store(
+        part_out + mine[:, None] * VALUE_DIM + column[None, :],
+        acc0,
+        mask=row_mask[:, None] & (column < VALUE_DIM)[None, :],
+    )
+    if V1 > 0:
+        column1 = V0 + tl.arange(0, V1)
+        tl.store(
+            part_out + mine[:, None] * VALUE_DIM + column1[None, :],
+            acc1,
+            mask=row_mask[:, None] & (column1 < VALUE_DIM)[None, :],
+        )
+    if SOFTMAX:
+        tl.store(part_lse + mine, state, mask=row_mask)
+    tl.debug_barrier()  # every thread's partial state is written before one of them says so
+    arrived = tl.atomic_add(arrivals + arrival, 1, sem="acq_rel", scope="gpu")
+    if arrived != splits - 1:
+        return
+    tl.store(arrivals + arrival, 0)
+    for start in range(0, rows, MERGE_ROWS):
+        some = start + tl.arange(0, MERGE_ROWS)
+        ok = some < rows
+        whole_row = row_start + tl.minimum(some, rows - 1)
+        merged, level = combine(
+            part_out, part_lse, slot, splits, some, ok, SOFTMAX, BLOCK_M, VALUE_DIM, V0, 0, KV_HEADS, MERGE_ROWS,
+            MERGE_SPLITS
+        )  # fmt: skip
+        finish(
+            merged, level * LN2, whole_row, ok, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT, lse_token,
+            lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0, 0,
+        )  # fmt: skip
+        if V1 > 0:
+            merged1, level1 = combine(
+                part_out, part_lse, slot, splits, some, ok, SOFTMAX, BLOCK_M, VALUE_DIM, V1, V0, KV_HEADS, MERGE_ROWS,
+                MERGE_SPLITS
+            )  # fmt: skip
+            finish(
+                merged1, level1 * LN2, whole_row, ok, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT,
+                lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V1, V0,
+            )  # fmt: skip

@@ -1,0 +1,166 @@
+"""How the attention kernel is cut to size: candidate configs, when they are valid, and the one to start with.
+
+Pure: numbers in, numbers out. A tuner may search `candidates`; `choose` is what serves without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["Config", "Need", "candidates", "choose", "shared_limit", "split", "valid"]
+
+# dynamic shared memory a block may ask for, bytes (CUDA C++ Programming Guide, compute capabilities)
+SHARED = {
+    80: 163 << 10,
+    86: 99 << 10,
+    87: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    103: 227 << 10,
+    120: 99 << 10,
+    121: 99 << 10,
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is asked: query heads per kv head, kv heads, widths, bytes per element of queries and keys, packed rows
+    (query tokens * group) of
+    the longest and of the mean request, page size (0: a request is one run of tokens), compute capability."""
+
+    group: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    q_bytes: int
+    kv_bytes: int
+    max_rows: int
+    mean_rows: int
+    page_size: int
+    capability: int
+    invariant: bool = False
+    latent: bool = False
+    key_transform: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_m packed query rows against tiles of block_n keys, num_stages of them in flight; resident: programs per
+    multiprocessor that the
+    planner counts on."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages, {self.resident} per SM"
+        )
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n and 16 (the least width of a matrix instruction)."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def split(dim: int) -> tuple[int, int]:
+    """A width as one or two powers of two that cover it with the least waste: 128 -> (128, 0), 576 -> (512, 64), 80 ->
+    (64, 16)."""
+    whole = power_of_two(dim)
+    first = whole // 2
+    if first < 16 or dim <= first:
+        return whole, 0
+    rest = power_of_two(dim - first)
+    return (first, rest) if first + rest < whole else (whole, 0)
+
+
+def shared_limit(capability: int) -> int:
+    return SHARED.get(capability, 99 << 10)
+
+
+def shared_bytes(config: Config, need: Need) -> int:
+    """An upper estimate of the shared memory a config takes."""
+    width, values = sum(split(need.dim)), 0 if need.latent else sum(split(need.value_dim))
+    tiles = config.block_n * (width + values) * need.kv_bytes * max(config.num_stages - 1, 1)
+    if (
+        need.kv_bytes != need.q_bytes or need.key_transform or config.block_m >= 64
+    ):  # operands that pass through shared memory once more
+        tiles += (
+            config.block_n
+            * max(width, values)
+            * (need.q_bytes if need.kv_bytes != need.q_bytes or need.key_transform else need.kv_bytes)
+        )
+    return tiles + config.block_m * (width + config.block_n) * max(need.q_bytes, 2) + 1024
+
+
+def registers(config: Config, need: Need) -> int:
+    """Registers per thread for accumulators and scores."""
+    return config.block_m * (sum(split(need.value_dim)) + config.block_n) // (32 * config.num_warps)
+
+
+def valid(config: Config, need: Need) -> bool:
+    """Whether the config compiles for the need without spilling, as far as sizes tell."""
+    if need.q_bytes == 4 and config.block_m * config.block_n > 64 * 32:
+        return False
+    return shared_bytes(config, need) <= shared_limit(need.capability) and registers(config, need) <= 192
+
+
+def candidates(need: Need) -> list[Config]:
+    """All configs worth trying."""
+    rows = sorted({min(power_of_two(need.max_rows), 128), 64} if need.max_rows > 16 else {16})
+    found = [
+        Config(m, n, warps, stages, resident)
+        for m in rows
+        for n in (32, 64, 128)
+        for warps in ((4, 8) if m >= 64 else (1, 2, 4))
+        for stages in (2, 3, 4)
+        for resident in (1, 2, 3, 4)
+        if resident * warps * 32 <= 1024
+    ]
+    return [
+        c
+        for c in found
+        if valid(c, need) and shared_bytes(c, need) * c.resident <= shared_limit(need.capability) + 1024
+    ]
+
+
+def choose(need: Need) -> Config:
+    """The config that serves when nothing was tuned."""
+    wide = max(need.dim, need.value_dim)
+    rows = 64 if need.invariant else min(power_of_two(need.max_rows), 128)
+    if need.mean_rows <= 64:  # a few long requests among many short ones do not pay for large blocks
+        rows = min(rows, 64)
+    if need.q_bytes == 4:
+        config = Config(
+            16 if rows == 16 else 32, 32 if wide <= 256 else 16, 4 if rows == 16 and wide <= 128 else 8, 2, 1
+        )
+    elif wide > 256:
+        config = Config(min(rows, 32), 32, 4, 2, 1)
+    elif need.key_transform:
+        config = Config(min(rows, 64), 32, 4 if rows == 16 else 8, 2, 1)
+    elif rows == 128 and wide <= 128:
+        config = Config(128, 64, 8, 3, 1)
+    elif rows >= 64:
+        config = Config(64, 64, 4 if wide <= 128 else 8, 3, 2 if wide <= 128 else 1)
+    else:
+        config = Config(rows, 64 if wide <= 128 else 32, 4, 3, 3 if wide <= 128 else 2)
+    while not valid(config, need):
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_n > 16:
+            config = replace(config, block_n=config.block_n // 2)
+        elif config.block_m > 16:
+            config = replace(config, block_m=config.block_m // 2)
+        elif config.num_warps < 8:
+            config = replace(config, num_warps=config.num_warps * 2)
+        elif config.num_stages > 1:
+            config = replace(config, num_stages=1)
+        else:
+            raise ValueError(
+                f"no config for head widths {need.dim} and {need.value_dim} fits compute capability {need.capability}"
+            )
+    return config

@@ -1,0 +1,198 @@
+"""The work partition of a batch, made on the device: which program of `attend.py` takes which rows and keys.
+
+Every block of BLOCK_M packed query rows walks its request's keys in tiles of BLOCK_N. The total of tiles over the
+programs that run at a time
+gives the longest range one item may have; a longer walk is cut into equal ranges. With `fixed_tiles` the cut depends on
+the request alone.
+Items come longest first, and within a request the last rows first (under a causal mask they take longest). The kernel
+reads the caller's
+tensors and writes the plan's buffers, among them a compact copy of the page table, so it can be captured in a graph and
+replayed.
+"""
+
+# ruff: noqa: SIM102
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(128)
+SORTED = tl.constexpr(512)  # requests up to which items are ordered by length; the ranking is quadratic
+
+
+@triton.jit
+def request_shape(request, ok, q_indptr, kv_lens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(query tokens, keys, row blocks, tiles of keys) of requests [BLOCK]; zeros where not ok."""
+    q_len = tl.load(q_indptr + request + 1, mask=ok, other=0) - tl.load(q_indptr + request, mask=ok, other=0)
+    kv_len = tl.load(kv_lens + request, mask=ok, other=0)
+    return q_len, kv_len, tl.cdiv(q_len * GROUP, BLOCK_M), tl.where(ok, tl.maximum(tl.cdiv(kv_len, BLOCK_N), 1), 0)
+
+
+@triton.jit
+def ranges(tiles, blocks, limit, fixed_tiles, merge_ratio):
+    """Into how many ranges of how many tiles a walk of `tiles` is cut: at most `limit` tiles each, and no more ranges
+    than merging is worth.
+
+    With fixed cuts only requests of one block are cut.
+    """
+    limit = tl.where((fixed_tiles > 0) & (blocks > 1), 1 << 30, limit)
+    worth = tl.ceil(tl.sqrt(tiles.to(tl.float32) * merge_ratio)).to(tl.int32)
+    pieces = tl.maximum(tl.minimum(tl.cdiv(tiles, limit), worth), 1)
+    size = tl.maximum(tl.cdiv(tiles, pieces), 1)
+    return tl.maximum(tl.cdiv(tiles, size), 1), size
+
+
+@triton.jit
+def plan(
+    q_indptr, kv_lens, page_indptr, table, items, pages, scratch, error,
+    requests, stride, max_items, max_tokens, max_pages, page_size, programs, min_tiles, fixed_tiles, merge_ratio,
+    item_programs, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGED: tl.constexpr,
+):  # fmt: skip
+    """Grid: (item_programs + (reserved requests if PAGED),). The first write 128 items each, the others copy one
+    request's page numbers.
+
+    q_indptr, page_indptr int32 [requests + 1]; kv_lens int32 [requests]; table int32; items int32 [max_items, 16];
+    scratch int32
+    [6, stride]; error int32 [4]: code, request, number, limit (left alone when all is well). merge_ratio: time of a
+    tile over that of
+    merging one partial state.
+    """
+    lane = tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    if program >= item_programs:
+        request = program - item_programs
+        if request < requests:
+            used = tl.zeros([BLOCK], tl.int32)
+            for start in range(0, request, BLOCK):
+                before = start + lane
+                used += tl.cdiv(tl.load(kv_lens + before, mask=before < request, other=0), page_size)
+            offset = tl.sum(used, 0)
+            count = tl.minimum(tl.cdiv(tl.load(kv_lens + request), page_size), max_pages - offset)
+            source = table + tl.load(page_indptr + request)
+            for start in range(0, count, BLOCK):
+                entry = start + lane
+                tl.store(
+                    pages + offset + entry, tl.load(source + entry, mask=entry < count, other=0), mask=entry < count
+                )
+        return
+
+    work = tl.zeros([BLOCK], tl.int64)
+    wrong = requests  # the first request with a negative length
+    used = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, requests, BLOCK):
+        request = start + lane
+        ok = request < requests
+        q_len, kv_len, blocks, tiles = request_shape(request, ok, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+        wrong = tl.minimum(wrong, tl.min(tl.where(ok & ((q_len < 0) | (kv_len < 0)), request, requests), 0))
+        work += blocks.to(tl.int64) * tiles
+        used += tl.cdiv(kv_len, page_size)
+    limit = tl.maximum(tl.cdiv(tl.sum(work, 0) * KV_HEADS, programs).to(tl.int32), min_tiles)
+    limit = tl.where(fixed_tiles > 0, fixed_tiles, limit)
+
+    item_end = 0
+    slot_end = 0
+    block_end = 0
+    key_end = 0
+    page_end = 0
+    for start in range(0, requests, BLOCK):
+        request = start + lane
+        ok = request < requests
+        q_len, kv_len, blocks, tiles = request_shape(request, ok, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+        pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
+        count = blocks * pieces
+        split = tl.where(pieces > 1, count, 0)
+        need = tl.cdiv(kv_len, page_size)
+        at = scratch + request
+        tl.store(at + stride, count, mask=ok)
+        tl.store(at + 2 * stride, slot_end + tl.cumsum(split, 0) - split, mask=ok)
+        tl.store(at + 3 * stride, block_end + tl.cumsum(blocks, 0) - blocks, mask=ok)
+        tl.store(at + 4 * stride, key_end + tl.cumsum(kv_len, 0) - kv_len, mask=ok)
+        tl.store(at + 5 * stride, page_end + tl.cumsum(need, 0) - need, mask=ok)
+        if requests > SORTED:
+            tl.store(at, item_end + tl.cumsum(count, 0) - count, mask=ok)
+        item_end += tl.sum(count, 0)
+        slot_end += tl.sum(split, 0)
+        block_end += tl.sum(blocks, 0)
+        key_end += tl.sum(kv_len, 0)
+        page_end += tl.sum(need, 0)
+    if requests <= SORTED:
+        for start in range(0, requests, BLOCK):
+            request = start + lane
+            ok = request < requests
+            q_len, kv_len, blocks, tiles = request_shape(request, ok, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+            pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
+            offset = tl.zeros([BLOCK], tl.int32)
+            for other_start in range(0, requests, 32):
+                other = other_start + tl.arange(0, 32)
+                there = other < requests
+                q_len, kv_len, other_blocks, other_tiles = request_shape(
+                    other, there, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N
+                )
+                other_pieces, other_size = ranges(other_tiles, other_blocks, limit, fixed_tiles, merge_ratio)
+                before = (other_size[None, :] > size[:, None]) | (
+                    (other_size[None, :] == size[:, None]) & (other[None, :] < request[:, None])
+                )
+                offset += tl.sum(tl.where(before & there[None, :], (other_blocks * other_pieces)[None, :], 0), 1)
+            tl.store(scratch + request, offset, mask=ok)
+
+    code = 0
+    number = item_end
+    bound = max_items
+    if item_end > max_items:
+        code = 4
+    if tl.load(q_indptr + requests) > max_tokens:
+        code = 2
+        number = tl.load(q_indptr + requests)
+        bound = max_tokens
+    if PAGED:
+        if tl.sum(used, 0) > max_pages:
+            code = 3
+            number = tl.sum(used, 0).to(tl.int32)
+            bound = max_pages
+    if wrong < requests:
+        code = 1
+        number = 0
+    if code > 0:
+        item_end = 0
+        if program == 0:
+            tl.store(error + 1, wrong)
+            tl.store(error + 2, number)
+            tl.store(error + 3, bound)
+            tl.store(error, code)
+    tl.debug_barrier()  # the scratch is written
+
+    item = program * BLOCK + lane
+    live = item < item_end
+    owner = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, requests, 32):
+        request = start + tl.arange(0, 32)
+        ok = request < requests
+        offset = tl.load(scratch + request, mask=ok, other=0)
+        count = tl.load(scratch + stride + request, mask=ok, other=0)
+        hit = (item[:, None] >= offset[None, :]) & (item[:, None] < (offset + count)[None, :]) & ok[None, :]
+        owner += tl.sum(tl.where(hit, request[None, :], 0), 1)
+    q_len, kv_len, blocks, tiles = request_shape(owner, live, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+    pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
+    index = item - tl.load(scratch + owner, mask=live, other=0)
+    block = blocks - 1 - index // pieces
+    split = index % pieces
+    low = split * size * BLOCK_N
+    high = tl.minimum(low + size * BLOCK_N, kv_len)
+    to = items + item.to(tl.int64) * 16
+    fits = item < max_items
+    tl.store(to, tl.where(live, owner, -1), mask=fits)
+    tl.store(to + 1, tl.load(q_indptr + owner, mask=live, other=0), mask=fits)
+    tl.store(to + 2, q_len, mask=fits)
+    tl.store(to + 3, kv_len, mask=fits)
+    tl.store(to + 4, tl.load(scratch + 4 * stride + owner, mask=live, other=0), mask=fits)
+    tl.store(to + 5, block * BLOCK_M, mask=fits)
+    tl.store(to + 6, low, mask=fits)
+    tl.store(to + 7, high, mask=fits)
+    if PAGED:
+        tl.store(to + 8, tl.load(scratch + 5 * stride + owner, mask=live, other=0), mask=fits)
+    else:
+        entry = tl.load(page_indptr + owner, mask=live, other=0)
+        tl.store(to + 9, tl.load(table + entry, mask=live & (kv_len > 0), other=0), mask=fits)
+    tl.store(to + 10, pieces, mask=fits)
+    tl.store(to + 11, split, mask=fits)
+    tl.store(to + 12, tl.load(scratch + 2 * stride + owner, mask=live, other=0) + block * pieces, mask=fits)
+    tl.store(to + 13, tl.load(scratch + 3 * stride + owner, mask=live, other=0) + block, mask=fits)

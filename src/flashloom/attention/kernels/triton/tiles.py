@@ -1,0 +1,100 @@
+"""Reading keys and values: where a tile of tokens lies, and how its storage becomes numbers.
+
+Token t of a request lies in page `pages[page_begin + t // PAGE_SIZE]`. PAGE_SIZE 0 means that the request is one run of
+tokens at page
+`first_page` (dense and ragged KV), so that no table is read in the loop. All offsets are 64-bit. Strides count vectors
+of VEC elements, so
+that the compiler knows how far rows are aligned.
+"""
+
+# ruff: noqa: RUF005
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Page numbers of a tile's tokens, int32 [BLOCK_N], or one number where they share a page; tokens from kv_hi on:
+    0."""
+    token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    if PAGE_SIZE == 0:
+        page = first_page
+    elif PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
+        start = tl.minimum(tile * BLOCK_N, kv_hi - 1)
+        page = tl.load(pages + page_begin + start // PAGE_SIZE)
+    else:
+        page = tl.load(pages + page_begin + token // PAGE_SIZE, mask=token < kv_hi, other=0)
+    return page
+
+
+@triton.jit
+def token_offsets(tile, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets within their pages of a tile's tokens, int64 [BLOCK_N]."""
+    start = tile * BLOCK_N
+    token = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE == 0:
+        within = (start + token).to(tl.int64)
+    elif PAGE_SIZE % BLOCK_N == 0:
+        within = (start % PAGE_SIZE + token).to(tl.int64)
+    else:
+        within = ((start + token) % PAGE_SIZE).to(tl.int64)
+    return within
+
+
+@triton.jit
+def stored(x, TYPE: tl.constexpr, E4M3_BITS: tl.constexpr):
+    """Numbers of TYPE from what lies in the cache; E4M3_BITS marks uint8 that holds float8 e4m3 (targets without that
+    type)."""
+    if E4M3_BITS:
+        bits = x.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(
+            tl.float16, bitcast=True
+        ) * 256.0  # exact, subnormals too
+        number = tl.where((bits & 0x7F) == 0x7F, float("nan"), half).to(TYPE)
+    else:
+        number = x.to(TYPE)
+    return number
+
+
+@triton.jit
+def load_tile(
+    base, row, column, row_mask, DIM: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, MASKED: tl.constexpr
+):
+    """Columns FIRST to FIRST + BLOCK (or those in `column`) of the rows at element offsets `row`; beyond the mask and
+    DIM: 0."""
+    where = base + row[:, None] + column[None, :]  # [rows, BLOCK]
+    if FIRST + BLOCK > DIM:
+        inside = (FIRST + tl.arange(0, BLOCK) < DIM)[None, :]
+        if MASKED:
+            inside = inside & row_mask[:, None]
+        tile = tl.load(where, mask=inside, other=0.0)
+    elif MASKED:
+        tile = tl.load(where, mask=row_mask[:, None], other=0.0)
+    else:
+        tile = tl.load(where)
+    return tile
+
+
+@triton.jit
+def load_keys(
+    base, row, kv_pos, at, scale, values, row_mask,
+    KEY: tl.constexpr, KEY_INDEX: tl.constexpr, KEY_LOADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr, TYPE: tl.constexpr, E4M3_BITS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys [BLOCK_N, BLOCK] as TYPE, transformed where the variant does (then already multiplied by
+    `scale`)."""
+    column = FIRST + tl.arange(0, BLOCK)
+    if KEY is None:
+        key = stored(load_tile(base, row, column, row_mask, DIM, BLOCK, FIRST, MASKED), TYPE, E4M3_BITS)
+    else:
+        loads = ()
+        for i in tl.static_range(KEY_LOADS):
+            part = load_tile(base, row, KEY_INDEX(i, column), row_mask, DIM, BLOCK, FIRST, MASKED)
+            loads = loads + (stored(part, tl.float32, E4M3_BITS) * scale,)  # type: ignore[assignment]
+        batch, kv_head, q_len, kv_len, q_start, kv_start = at
+        made = KEY(loads, batch, kv_head, kv_pos[:, None], q_len, kv_len, q_start, kv_start, column[None, :], values)
+        made = made + tl.zeros([row.shape[0], BLOCK], tl.float32)
+        if FIRST + BLOCK > DIM:  # what the transform makes of columns that do not exist
+            made = tl.where((column < DIM)[None, :], made, 0.0)
+        key = made.to(TYPE)
+    return key

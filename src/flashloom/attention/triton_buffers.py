@@ -1,0 +1,141 @@
+"""What a plan of the Triton backend owns: the work items, the copy of the page table, partial states, and how host
+values reach the device."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from flashloom.attention.batch import Batch
+from flashloom.attention.kernels.triton.config import Config
+
+ITEM_WORDS, SCRATCH_ROWS, PLAN_BLOCK = 16, 6, 128
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a plan can hold. What the planner kernel writes stays within it, or it writes nothing and reports an
+    error.
+
+    requests, tokens, pages: of a batch; blocks: blocks of packed query rows; items: programs per kv head; slots:
+    partial states per kv head; stride: entries per row of the scratch."""
+
+    requests: int
+    tokens: int
+    pages: int
+    blocks: int
+    items: int
+    slots: int
+    stride: int
+
+    @classmethod
+    def of(
+        cls,
+        group: int,
+        kv_heads: int,
+        config: Config,
+        programs: int,
+        requests: int,
+        tokens: int,
+        pages: int,
+        tiles: int,
+    ) -> Sizes:
+        """tiles: with batch invariance the most ranges that fixed cuts can make of the pages; else 0.
+
+        Every request's rows fill at most one block in part. Cutting the walks at the mean length per program makes at
+        most one range per program more than there are blocks, and fewer than two ranges per program of those that are
+        cut at all."""
+        blocks = tokens * group // config.block_m + min(requests, tokens)
+        extra = -(-programs // kv_heads)
+        items = blocks + (tiles or extra)
+        slots = items if tiles else min(items, 2 * extra + 1)
+        return cls(requests, tokens, pages, blocks, items, slots, -(-requests // PLAN_BLOCK) * PLAN_BLOCK or PLAN_BLOCK)
+
+
+class Buffers:
+    """The device memory of a plan, one allocation; views are int32 or float32."""
+
+    def __init__(self, sizes: Sizes, kv_heads: int, block_m: int, value_dim: int, device: torch.device):
+        parts = {
+            "items": sizes.items * ITEM_WORDS,
+            "pages": sizes.pages + 1,  # one more, which a read ahead may touch
+            "scratch": SCRATCH_ROWS * sizes.stride,
+            "arrivals": sizes.blocks * kv_heads,
+            "part_lse": sizes.slots * kv_heads * block_m,
+            "part_out": sizes.slots * kv_heads * block_m * value_dim,
+        }
+        padded = {name: -(-max(n, 1) // 64) * 64 for name, n in parts.items()}
+        self.memory = torch.zeros(sum(padded.values()), dtype=torch.int32, device=device)
+        self.bytes = self.memory.numel() * 4
+        self.views: dict[str, torch.Tensor] = {}
+        start = 0
+        for name, n in padded.items():
+            view = self.memory[start : start + n]
+            self.views[name] = view.view(torch.float32) if name.startswith("part") else view
+            start += n
+        self.error = torch.zeros(
+            4, dtype=torch.int32, pin_memory=device.type == "cuda"
+        )  # the device writes it, the host looks without waiting
+        self.error_words = (ctypes.c_int32 * 4).from_address(self.error.data_ptr())
+
+    def raise_error(self, sizes: Sizes) -> None:
+        """Raise what the planner kernel reported for an earlier batch."""
+        code, request, number, limit = self.error_words
+        if not code:
+            return
+        self.error.zero_()
+        if code == 1:
+            raise ValueError(f"the last batch had a negative length (request {request}): its results were not computed")
+        name = {2: "tokens", 3: "pages"}.get(code)
+        if name is None:
+            raise ValueError(
+                f"the last batch needed {number} work items and the plan holds {limit}: its results were not computed; "
+                "plan with a larger Reserve"
+            )
+        raise ValueError(
+            f"the last batch had {number} {name} but the plan reserves {limit}: its results were not computed; plan "
+            f"with Reserve({name}={number}) or more"
+        )
+
+
+class Staging:
+    """Host values on their way to the device: pinned buffers in turn, each reused once its copy is done."""
+
+    TURNS = 4
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.host: list[torch.Tensor] = []
+        self.turn = 0
+        self.capacity = 0
+
+    def _reserve(self, entries: int) -> None:
+        self.capacity = max(entries, 256, self.capacity)
+        self.host = [torch.empty(self.capacity, dtype=torch.int32, pin_memory=True) for _ in range(self.TURNS)]
+        self.arrays = [h.numpy() for h in self.host]
+        self.events = [torch.cuda.Event() for _ in range(self.TURNS)]
+        self.buffer = torch.empty(self.capacity, dtype=torch.int32, device=self.device)
+
+    def copy(self, batch: Batch, capacity: int) -> tuple[int, int, int, int]:
+        """Start the copy of q_indptr, kv_lens, page_indptr and pages; answers their addresses on the device."""
+        n, pages = batch.requests, batch.pages.numel()
+        entries = 3 * n + 2 + pages
+        if entries > self.capacity:
+            if self.host:
+                torch.cuda.current_stream(self.device).synchronize()  # the old buffers may still be read
+            self._reserve(max(entries, capacity))
+        self.turn = turn = (self.turn + 1) % self.TURNS
+        event, to = self.events[turn], self.arrays[turn]
+        if not event.query():
+            event.synchronize()
+        np.concatenate(
+            (batch.q_indptr.numpy(), batch.kv_lens.numpy(), batch.page_indptr.numpy(), batch.pages.numpy()),
+            out=to[:entries],
+        )
+        self.buffer[:entries].copy_(self.host[turn][:entries], non_blocking=True)
+        event.record(torch.cuda.current_stream(self.device))
+        start = self.buffer.data_ptr()
+        return start, start + 4 * (n + 1), start + 4 * (2 * n + 1), start + 4 * (3 * n + 2)

@@ -1,0 +1,296 @@
+"""The portable GPU backend: one Triton kernel for decode, prefill, append and mixed batches, planned on the device.
+
+`plan` fixes the kernels and the buffers; `update` copies host values (if any) and launches the planner kernel, `run`
+launches the attention kernel. Neither reads anything back. With TRITON_INTERPRET=1 the same code serves CPU tensors
+through Triton's interpreter."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from flashloom.attention.batch import Batch, Reserve
+from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.kernels.triton import asked
+from flashloom.attention.kernels.triton.asked import Form
+from flashloom.attention.kernels.triton.config import choose
+from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
+from flashloom.kernel import launch
+from flashloom.kernel.triton import TritonKernel, installed, interpreting
+from flashloom.kv_cache.cache import KV
+from flashloom.kv_cache.pages import PageTable
+from flashloom.target import Target
+
+__all__ = ["TritonExecutor"]
+
+FIXED_KEYS = 2048  # with batch_invariant, decode rows walk their keys in ranges of this many
+
+
+class TritonExecutor:
+    """Executor of the Triton kernels; see `executor.Executor`."""
+
+    name = "triton"
+
+    def __init__(self, spec: AttentionSpec, device: torch.device):
+        self.spec, self.device = spec, device
+        self._gpu = device.type == "cuda"
+        self._kernels: dict[Form, launch.Launcher] = {}
+        self._values: tuple[Any, ...] | None = None
+        self._words: tuple[Any, ...] = ()
+        self.workspace_size = 0
+
+    @classmethod
+    def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
+        """Why it cannot serve this, in a few words, or None."""
+        if not installed():
+            return "Triton is not installed (flashloom[gpu])"
+        if device.type != "cuda" and not interpreting():
+            return "Triton needs a GPU"
+        if spec.block_sparse:
+            return "block patterns are not supported"
+        if max(spec.heads.dim, spec.heads.value_dim) > 1024:
+            return f"head widths above 1024 are not supported (dim={spec.heads.dim})"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0 or later"
+        return None
+
+    # --- planning ---
+
+    def plan(self, batch: Batch, reserve: Reserve | None) -> None:
+        """Choose the config, build the kernels, allocate the buffers and write the first partition."""
+        spec, heads = self.spec, self.spec.heads
+        self._paged, self._ragged = isinstance(batch.kv, PageTable), batch.ragged
+        self._table_page = batch.page_size
+        self._reserve = reserve or Reserve()
+        major, minor, processors = 9, 0, 4
+        if self._gpu:
+            major, minor = torch.cuda.get_device_capability(self.device)
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.target = Target(f"sm{major}{minor}")
+        mean = -(-batch.tokens // max(batch.requests, 1)) if batch.tokens is not None else batch.max_q_len
+        need = asked.need(spec, batch.max_q_len, mean, batch.page_size if self._paged else 0, major * 10 + minor)
+        self.config = choose(need)
+        self._programs = processors * self.config.resident
+        self._fixed = (
+            -(-FIXED_KEYS // self.config.block_n)
+            if spec.batch_invariant and self._paged
+            else (1 << 30 if spec.batch_invariant else 0)
+        )
+        rows = min(self.config.block_m, need.max_rows)
+        # a tile comes at one multiprocessor's share of the memory bandwidth, a partial state from the L2 cache several
+        # times as fast
+        tile = self.config.block_n * (heads.dim + heads.value_dim) * spec.kv_dtype.itemsize
+        self._merge_ratio = 4.0 * tile / (rows * heads.value_dim * 4)
+        self._build()
+        self._ones = torch.ones(1, dtype=torch.float32, device=self.device)
+        self._one = self._ones.data_ptr()
+        self._staging = Staging(self.device) if self._gpu else None
+        self._grow(batch)
+        self.update(batch)
+
+    def _build(self) -> None:
+        """All kernels that runs of this plan can meet, compiled side by side."""
+        forms = self._forms(self.spec) if self._gpu else [Form(self.spec.out_dtype)]
+        with ThreadPoolExecutor(4) as pool:
+            planner = pool.submit(self._plan_launcher)
+            made = list(pool.map(self._launcher, forms))
+            self._planner = planner.result()
+        self._kernels = dict(zip(forms, made, strict=True))
+
+    @staticmethod
+    def _forms(spec: AttentionSpec) -> list[Form]:
+        forms = [Form(spec.out_dtype), Form(spec.out_dtype, aligned=False)]
+        return [*forms, Form(spec.out_dtype, page_scales=True)] if spec.kv_dtype.itemsize == 1 else forms
+
+    @classmethod
+    def kernels(
+        cls, spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int
+    ) -> list[TritonKernel]:
+        """What such plans need on a target; see `dispatch.kernels`."""
+        if not installed() or not target.name.startswith("sm") or spec.block_sparse:
+            return []
+        need = asked.need(spec, max_q_len, mean_q_len, page_size, int(target.name[2:]))
+        config = choose(need)
+        attend = [asked.attend_kernel(spec, form, config, page_size, target) for form in cls._forms(spec)]
+        return [asked.plan_kernel(spec, config, page_size > 0, target), *attend]
+
+    def _plan_launcher(self) -> launch.Launcher:
+        return launch.launcher(asked.plan_kernel(self.spec, self.config, self._paged, self.target), self.device)
+
+    def _launcher(self, form: Form) -> launch.Launcher:
+        kernel = asked.attend_kernel(self.spec, form, self.config, self._table_page if self._paged else 0, self.target)
+        return launch.launcher(kernel, self.device)
+
+    def _grow(self, batch: Batch) -> None:
+        """Allocate buffers for the reserve, or for this batch where it leaves sizes open."""
+        requests = self._reserve.requests or batch.requests
+        tokens = self._reserve.tokens or (
+            batch.tokens if batch.tokens is not None else batch.max_q_len * batch.requests
+        )
+        pages = (self._reserve.pages or batch.pages.numel()) if self._paged else 0
+        ranges = requests + -(-pages * self._table_page // FIXED_KEYS) if self.spec.batch_invariant else 0
+        heads = self.spec.heads
+        self._sizes = Sizes.of(
+            heads.group, heads.kv_heads, self.config, self._programs, requests, tokens, pages, ranges
+        )
+        self._buffers = Buffers(self._sizes, heads.kv_heads, self.config.block_m, heads.value_dim, self.device)
+        self.workspace_size = self._buffers.bytes
+        self._grid = self._sizes.items * heads.kv_heads
+        place = {name: self._address(view) for name, view in self._buffers.views.items()}
+        self._run_buffers = tuple(place[name] for name in ("items", "pages", "part_out", "part_lse", "arrivals"))
+        self._plan_buffers = (place["items"], place["pages"], place["scratch"], self._address(self._buffers.error))
+
+    def _address(self, x: torch.Tensor) -> Any:
+        """How a launcher takes a tensor: its address, or the tensor itself in the interpreter."""
+        return x.data_ptr() if self._gpu else x
+
+    def update(self, batch: Batch) -> None:
+        """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""
+        self._buffers.raise_error(self._sizes)
+        sizes = self._sizes
+        if (
+            batch.requests > sizes.requests
+            or (batch.tokens or 0) > sizes.tokens
+            or (self._paged and self._too_many_pages(batch))
+        ):
+            if self._gpu and torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    "a captured update() cannot make the plan's buffers larger: plan with a Reserve for the largest "
+                    "batch"
+                )
+            self._grow(batch)
+            sizes = self._sizes
+        if not self._gpu:
+            tensors: tuple[Any, ...] = (
+                batch.q_indptr,
+                batch.kv_lens,
+                batch.page_indptr,
+                batch.pages if batch.pages.numel() else batch.page_indptr,
+            )
+        elif batch.host:
+            if torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    "update() with lengths on the host cannot be captured, a replay would repeat them: put lengths and "
+                    "tables on the GPU"
+                )
+            assert self._staging is not None
+            tensors = self._staging.copy(batch, 3 * sizes.requests + 2 + sizes.pages)
+        else:
+            self._inputs = batch  # the kernel reads them later
+            tensors = (
+                batch.q_indptr.data_ptr(),
+                batch.kv_lens.data_ptr(),
+                batch.page_indptr.data_ptr(),
+                batch.pages.data_ptr(),
+            )
+        item_programs = -(-sizes.items // 128)
+        self._planner(
+            item_programs + (sizes.requests if self._paged else 0),
+            (
+                *tensors, *self._plan_buffers, batch.requests, sizes.stride, sizes.items, sizes.tokens, sizes.pages,
+                batch.page_size, self._programs, 1, self._fixed, self._merge_ratio, item_programs,
+            ),
+        )  # fmt: skip
+
+    def _too_many_pages(self, batch: Batch) -> bool:
+        """Whether a batch's table outgrows what is not reserved."""
+        return self._reserve.pages is None and batch.pages.numel() > self._sizes.pages
+
+    # --- running ---
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: KV,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        *,
+        sm_scale: float,
+        partial: bool,
+        values: tuple[Any, ...],
+    ) -> None:
+        """One launch; see `executor.Executor.run`."""
+        if self._buffers.error_words[0]:
+            self._buffers.raise_error(self._sizes)
+        if values is not self._values:
+            self._words, self._values = self._flat(values), values
+        k, v, k_scale, v_scale = kv.k, kv.v, kv.k_scale, kv.v_scale
+        q0, q1, _ = q.stride()
+        o0, o1, _ = out.stride()
+        k0, k1, k2, _ = k.stride()
+        v0, v1, v2, _ = v.stride()
+        if self._ragged:
+            k1, v1 = k0, v0
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        size_q, size_kv, size_o = q.element_size(), k.element_size(), out.element_size()
+        odd = (
+            places[0]
+            | places[1]
+            | places[2]
+            | places[3]
+            | (q0 | q1) * size_q
+            | (k0 | k1 | k2 | v0 | v1 | v2) * size_kv
+            | (o0 | o1) * size_o
+        )
+        aligned = odd & 15 == 0
+        if aligned:
+            n, m, o = 16 // size_q, 16 // size_kv, 16 // size_o
+            q0, q1, k0, k1, k2, v0, v1, v2, o0, o1 = (
+                q0 // n,
+                q1 // n,
+                k0 // m,
+                k1 // m,
+                k2 // m,
+                v0 // m,
+                v1 // m,
+                v2 // m,
+                o0 // o,
+                o1 // o,
+            )
+        page_scales, (kp, kh), (vp, vh) = False, (0, 0), (0, 0)
+        if k_scale is not None or v_scale is not None:
+            (kp, kh), (vp, vh) = _scale_strides(k_scale), _scale_strides(v_scale)
+            page_scales = bool(kp or vp)
+        form = Form(out.dtype, aligned, page_scales, sm_scale < 0)
+        kernel = self._kernels.get(form)
+        if kernel is None:
+            kernel = self._kernels[form] = self._launcher(form)
+        flags, l0, l1 = 2 * partial, 0, 0
+        if lse is not None:
+            flags += 1
+            l0, l1 = lse.stride()
+        strides = (q0, q1, k0, k1, k2, v0, v1, v2, o0, o1, l0, l1, kp, kh, vp, vh)
+        if self._gpu:
+            others = (
+                0 if lse is None else lse.data_ptr(), self._one if k_scale is None else k_scale.data_ptr(),
+                self._one if v_scale is None else v_scale.data_ptr(),
+            )  # fmt: skip
+        else:
+            one = self._ones
+            places, others = (q, k, v, out), tuple(one if x is None else x for x in (lse, k_scale, v_scale))  # type: ignore[assignment]
+        kernel(self._grid, (*places, *others, *self._run_buffers, *strides, sm_scale, flags, *self._words))
+
+    def _flat(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The variant's values as flat words."""
+        words: list[Any] = []
+        for x in values:
+            words += [self._address(x), *x.shape, *x.stride()] if isinstance(x, torch.Tensor) else [x]
+        return tuple(words)
+
+    def explain(self) -> str:
+        """Which kernel and config serve this plan, and why."""
+        kind = f"paged by {self._table_page}" if self._paged else "ragged" if self._ragged else "dense"
+        split = "fixed ranges" if self.spec.batch_invariant else f"balanced over {self._programs} programs"
+        return (
+            f"triton {self.target}: rows x keys {self.config}; {kind} KV, split {split}; workspace "
+            f"{self.workspace_size} bytes"
+        )
+
+
+def _scale_strides(scale: torch.Tensor | None) -> tuple[int, int]:
+    """(page stride, head stride) of a scale [1], [kv_heads] or [pages, kv_heads]."""
+    if scale is None or scale.numel() == 1:
+        return 0, 0
+    return (scale.stride(0), scale.stride(1)) if scale.dim() == 2 else (0, 1)
