@@ -67,7 +67,7 @@ def attentions(
         heads = fl.HeadShape(q_heads // tensor_parallel, max(kv_heads // tensor_parallel, 1), dim)
     if dtype is None:
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
-    variants = [fl.causal]
+    variants: list[fl.Variant] = [fl.causal]
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         variants.append(fl.causal & fl.sliding_window(int(config["sliding_window"]) - 1))
     if config.get("attn_logit_softcapping"):

@@ -253,6 +253,32 @@ def test_something_that_is_no_compiler_is_refused(kernel):
         kernel().entry()
 
 
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        ("g++: error: unrecognized command-line option '-mamx-tile'", "FLASHLOOM_TARGET"),
+        ("fatal error: error writing to /tmp/x.s: No space left on device", "TMPDIR"),
+    ],
+)
+def test_known_causes_have_a_hint(message, hint, kernel, tmp_path):
+    wrapper = tmp_path / "g++"
+    wrapper.write_text(FAKE + f'echo "{message}" >&2\nexit 1\n')
+    wrapper.chmod(0o755)
+    settings.configure(cxx=str(wrapper))
+    with pytest.raises(CompileError) as caught:
+        kernel().entry()
+    lines = str(caught.value).splitlines()
+    assert lines[0] == message
+    assert hint in lines[1]
+
+
+def test_cxx_is_a_wish_and_flashloom_cxx_an_order(monkeypatch):
+    monkeypatch.setenv("CXX", "ccache g++")  # no program of that name
+    assert cpp.find_compiler().path == shutil.which("g++")
+    monkeypatch.setenv("CXX", "c++")
+    assert cpp.find_compiler().path == shutil.which("c++")
+
+
 def test_a_missing_header_is_named(kernel):
     with pytest.raises(CompileError, match=r'#include "absent\.h" is in none of'):
         _ = kernel(source='#include "absent.h"\n').fields
@@ -264,7 +290,7 @@ def test_no_compiler_says_what_to_do(kernel, monkeypatch):
     with pytest.raises(NoCompiler, match="apt install g"):
         kernel().entry()
     settings.configure(cxx="g++-77")
-    with pytest.raises(NoCompiler, match=r"'g\+\+-77' that FLASHLOOM_CXX"):
+    with pytest.raises(NoCompiler, match=r"'g\+\+-77' that FLASHLOOM_CXX names"):
         kernel().entry()
 
 

@@ -85,8 +85,9 @@ def test_publishing_prunes(folder, builder, monkeypatch):
 
 def test_leftovers_of_killed_builds_go_after_a_day():
     place = store.locks.local_folder()
-    for name, age in (("build-old", 2 * 24 * 3600), ("build-new", 60)):
-        (place / name).mkdir()
+    for name, age in (("build-old", 2 * 24 * 3600), ("build-new", 60), ("locks/old", 2 * 24 * 3600)):
+        (place / name).mkdir(parents=True)
         os.utime(place / name, (time.time() - age,) * 2)
     evict.remove_old_builds()
     assert [path.name for path in place.glob("build-*")] == ["build-new"]
+    assert list(place.glob("locks/*")) == []

@@ -153,6 +153,36 @@ def test_a_child_forked_while_a_thread_builds_can_build(builder, fork, finish):
     assert finish(child) == 0
 
 
+def test_containers_that_share_a_volume_and_nothing_else(tmp_path, builder, fork, finish, monkeypatch):
+    """Their locks are not each other's: kernels may be built twice, never wrongly, and nobody waits."""
+    import tempfile
+
+    def work(container):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / container))
+        for number in range(8):
+            entry = store.get_or_build({"number": number}, builder(str(number).encode()))
+            assert entry.files["kernel.cpp"] == str(number).encode()
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    start = time.monotonic()
+    assert [finish(child) for child in [fork(lambda name=name: work(name)) for name in ("a", "b", "a", "b")]] == [0] * 4
+    assert time.monotonic() - start < 5.0
+    assert len(list(store.default_folder().all_keys())) == 8
+
+
+def test_who_cannot_publish_waits_for_nobody(root, builder, fork):
+    root.write_text("no folder")
+    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, 60)))
+    await_holder()
+    with pytest.warns(RuntimeWarning, match="kept in memory"):
+        store.get_or_build({"another": 1}, builder())
+    start = time.monotonic()
+    store.get_or_build(FIELDS, builder())
+    assert time.monotonic() - start < 0.5
+    assert child
+
+
 def test_without_a_folder_for_locks_all_goes_on(builder, monkeypatch, tmp_path):
     place = tmp_path / "tmp" / f"flashloom-{os.getuid()}"
     place.mkdir(mode=0o777)

@@ -41,6 +41,12 @@ def test_without_a_compiler_the_store_serves_what_it_has(builder, restart):
         store.get_or_build({"kind": "other"}, builder(), toolchain=no_compiler)
 
 
+def test_sealed_without_a_compiler_is_an_error_too(builder):
+    store.seal()
+    with pytest.raises(store.SealedError, match="there is no compiler, and nothing that one built is stored"):
+        store.get_or_build(FIELDS, builder(), toolchain=no_compiler)
+
+
 def test_the_miss_is_explained_in_the_entry(builder, restart):
     store.get_or_build(FIELDS, builder(), label="decode")
     restart()

@@ -66,16 +66,14 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    """``FLASHLOOM_CXX``, ``CXX``, else g++, clang++ or c++ from PATH. Raises NoCompiler with what to do."""
-    asked = settings.get().cxx or os.environ.get("CXX", "").strip()
-    for name in [asked] if asked else ["g++", "clang++", "c++"]:
+    """``FLASHLOOM_CXX`` if it is set, else the first found of ``CXX``, g++, clang++ and c++. Raises NoCompiler."""
+    asked = settings.get().cxx
+    for name in [asked] if asked else [os.environ.get("CXX", ""), "g++", "clang++", "c++"]:
         path = shutil.which(name)
         if path:
             return _identify(path, os.stat(path).st_mtime_ns)
     if asked:
-        raise NoCompiler(
-            f"the C++ compiler {asked!r} that FLASHLOOM_CXX or CXX names was not found; name one that is there"
-        )
+        raise NoCompiler(f"the C++ compiler {asked!r} that FLASHLOOM_CXX names was not found; name one that is there")
     raise NoCompiler(
         "no C++ compiler was found (g++, clang++ or c++ in PATH); install one, such as with `apt install g++`, set "
         "FLASHLOOM_CXX, or use a pack with the kernels built ahead"
@@ -187,10 +185,15 @@ def _explain(name: str, compiler: Compiler, code: int, errors: str, folder: Path
         for line in errors.splitlines()
         if re.search(r"\b(fatal )?error:|undefined reference|[Kk]illed|No space left", line)
     ]
-    last = (
-        lines[-1].strip() if lines else (errors.strip().splitlines() or [f"no message, exit status {code}"])[-1].strip()
-    )
-    hint = "\n  it was killed, probably for want of memory: set FLASHLOOM_JOBS=1" if code < 0 or "illed" in last else ""
+    last = (lines or errors.strip().splitlines() or [f"no message, exit status {code}"])[-1].strip()
+    if code < 0 or "illed" in last:
+        hint = "\n  it was killed, probably for want of memory: set FLASHLOOM_JOBS=1"
+    elif "unrecognized" in errors or "unknown argument" in errors:
+        hint = "\n  this compiler is too old for the target: install a newer one, or set FLASHLOOM_TARGET"
+    elif "No space left" in errors:
+        hint = "\n  make room, or set TMPDIR to a folder with room"
+    else:
+        hint = ""
     return (
         f"{last}{hint}\n  while {compiler.path} ({compiler.version}) compiled kernel {name!r}"
         f"\n  source: {folder / 'kernel.cpp'}\n  log:    {folder / 'compile.log'}"

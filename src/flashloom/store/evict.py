@@ -66,12 +66,14 @@ def prune(folder: Folder, limit: int) -> list[Usage]:
 
 
 def remove_old_builds(seconds: float = 24 * 3600.0) -> None:
-    """Remove build folders on this host that failed or whose process was killed, once they are this old."""
+    """Remove build folders on this host that failed or whose process was killed, and unused locks, once they are this
+    old."""
     place = local_folder()
-    for path in place.glob("build-*") if place else ():
+    for path in [*place.glob("build-*"), *place.glob("locks/*")] if place else ():
         with suppress(OSError):
             if time.time() - path.lstat().st_mtime > seconds:
                 shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
 
 
 def after_publish(folder: Folder) -> None:

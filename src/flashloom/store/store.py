@@ -147,26 +147,33 @@ def get_or_build(
         tools = toolchain()
     except NoToolchain:
         found = _of_any_toolchain(request)
-        if found is None:
-            raise
-        return _hit(found)
+        if found is not None:
+            return _hit(found)
+        _refuse_if_sealed(label, "there is no compiler, and nothing that one built is stored")
+        raise
     key = Key.of(fields, tools)
     with _alone(key):
         found = _state.memory.get(key) or _read(key)
         if found is not None:
             return _hit(found)
         why = _why_missed(fields, tools)
-        if is_sealed() or _state.on_miss_error:
-            reason = (
-                "fl.seal() or FLASHLOOM_SEALED" if is_sealed() else f'fl.use({_state.on_miss_error!r}, on_miss="error")'
-            )
-            raise SealedError(
-                f"kernel {label!r} is not in the store, and {reason} forbids to compile it: {why}. Build it before "
-                f"with fl.prepare(), or add it to the pack"
-            )
+        _refuse_if_sealed(label, why)
         _count(misses=1)
         log.info("miss %s (%s): %s", label, key.key[:12], why)
         return _build_or_share(key, Entry(key, label, fields, tools, {}, {}, missed=why, on_reject=_reject), build)
+
+
+def _refuse_if_sealed(label: str, why: str) -> None:
+    if is_sealed():
+        reason = "fl.seal() or FLASHLOOM_SEALED"
+    elif _state.on_miss_error:
+        reason = f'fl.use({_state.on_miss_error!r}, on_miss="error")'
+    else:
+        return
+    raise SealedError(
+        f"kernel {label!r} is not in the store, and {reason} forbids to compile it: {why}. Build it before with "
+        "fl.prepare(), or add it to the pack"
+    )
 
 
 def _hit(entry: Entry) -> Entry:
@@ -197,7 +204,8 @@ def _build_or_share(key: Key, blank: Entry, build: Callable[[Path], Mapping[str,
     briefly.
     """
     patience = settings.get().wait
-    path = _lock_path(key)
+    # who cannot publish has nothing to share, and waits for nobody
+    path = None if _state.counters.unpublished else _lock_path(key)
     while True:
         with job_slot(lambda: _is_published(key)):
             answer = take(path)
@@ -289,7 +297,7 @@ def _publish(entry: Entry) -> Entry:
     """
     written = _on_disk("writing", lambda folder: folder.publish(entry))
     if written:
-        evict.after_publish(default_folder())
+        _on_disk("pruning", evict.after_publish)
         return entry
     if written is False:
         found = _read(entry.key)
