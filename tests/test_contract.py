@@ -153,9 +153,20 @@ def test_attention_signature_and_defaults():
     assert (mla.q_heads, mla.kv_heads, mla.dim, mla.value_dim) == (16, 1, 40, 32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (128, 64), (256, 256), (24, 40)])
+@pytest.mark.parametrize(
+    ("dtype", "q_heads", "kv_heads", "dim", "value_dim"),
+    [
+        (torch.float32, 4, 4, 64, 64),
+        (torch.float32, 6, 2, 24, 40),
+        (torch.float32, 5, 1, 256, 256),
+        (torch.float16, 6, 2, 64, 64),
+        (torch.float16, 5, 1, 128, 64),
+        (torch.bfloat16, 4, 4, 80, 80),
+        (torch.bfloat16, 6, 2, 128, 128),
+        (torch.bfloat16, 5, 1, 256, 256),
+        (torch.bfloat16, 4, 2, 24, 40),
+    ],
+)
 def test_head_shapes_and_dtypes(dtype, q_heads, kv_heads, dim, value_dim):
     heads = fl.HeadShape(q_heads, kv_heads, dim, value_dim)
     q, k, v = ragged([3], [9], heads, dtype=dtype)

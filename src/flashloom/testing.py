@@ -35,11 +35,11 @@ def tolerance(*dtypes: torch.dtype) -> float:
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor, tol: float, name: str = "out") -> None:
-    """Raise AssertionError unless every element of `got` is within tol * max(1, |want|) of `want`; infinities must be
-    equal, NaN never is."""
+    """Raise AssertionError unless every element of `got` is within tol * max(1, |want|) of `want`; infinities and
+    NaN must be the same."""
     got, want = got.double().cpu(), want.double().cpu()
-    error = torch.where(got == want, 0, (got - want).abs())
-    wrong = ~(error <= tol * want.abs().clamp(min=1))
+    error = torch.where((got == want) | (got.isnan() & want.isnan()), 0, (got - want).abs())
+    wrong = ~(error <= torch.where(want.isfinite(), tol * want.abs().clamp(min=1), 0))
     if wrong.any():
         at = tuple(int(i) for i in wrong.nonzero()[0])
         raise AssertionError(
@@ -165,7 +165,7 @@ def draw_kernel(seed: int) -> Kernel:
     kv_heads = draw.choice([1, 1, 2, 3])
     dim = draw.choice([64, 64, 128, 80, 256, 16, 8, 40, 33])
     heads = HeadShape(
-        kv_heads * draw.choice([1, 2, 3, 4, 5, 8]), kv_heads, dim, draw.choice([None, None, 64, 128, 24, 17])
+        kv_heads * draw.choice([1, 2, 3, 4, 5, 8]), kv_heads, dim, draw.choice([dim, dim, 64, 128, 24, 17])
     )
     dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16, torch.bfloat16])
     kv_dtype = draw.choice([dtype] * 4 + [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
@@ -318,7 +318,7 @@ def draw_case(kernel_seed: int, case_seed: int) -> Case:
     scales = [
         _scale(draw.choice(forms) if scaled else "none", pages, heads.kv_heads, kernel.kv_dtype, c) for _ in range(2)
     ]
-    chosen = variant.full
+    chosen: Variant = variant.full
     for part in kernel.parts:
         chosen = chosen & PARTS[part](c)
     return Case(
@@ -411,7 +411,7 @@ class _Mover:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.device == "cpu":
             return x
-        storage = x.untyped_storage().to(torch.device(self.device))
+        storage = x.untyped_storage().to(device=torch.device(self.device))
         return torch.empty(0, dtype=x.dtype, device=self.device).set_(storage, x.storage_offset(), x.shape, x.stride())
 
     def variant(self, v: Variant) -> Variant:
@@ -435,7 +435,8 @@ def fuzz(
 ) -> int:
     """Check `cases` random cases spread over `kernels` kernels; prints each failing one with the command that repeats
     it. Returns the number of failures (stopping at the first unless keep_going)."""
-    failures, served, start = 0, {}, time.perf_counter()
+    failures, start = 0, time.perf_counter()
+    served: dict[str, int] = {}
     for i in range(cases):
         kernel_seed, case_seed = seed * 100_000 + i * kernels // cases, i
         case = draw_case(kernel_seed, case_seed)

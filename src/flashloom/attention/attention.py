@@ -250,7 +250,7 @@ class Plan:
     def _check_stream(self) -> None:
         """One stream at a time: moving to another one is fine once the work on the former is done (or is being
         captured)."""
-        stream = torch._C._cuda_getCurrentRawStream(self._cuda_index)
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         if stream != self._stream:
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 former = torch.cuda.ExternalStream(self._stream, device=self._device)

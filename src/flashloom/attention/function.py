@@ -71,9 +71,8 @@ def dense(
     requests, heads, tokens, dim = q.shape
     rows = q.transpose(1, 2).reshape(requests * tokens, heads, dim)  # copies unless there is one request or one token
     result = plan.run(rows, (k, v), return_lse=return_lse, variant=variant)
-    out, lse = result if return_lse else (result, None)
-    out = out.view(requests, tokens, heads, v.shape[3]).transpose(1, 2)
-    return (out, lse.view(requests, tokens, heads).transpose(1, 2)) if return_lse else out
+    out = (result[0] if return_lse else result).view(requests, tokens, heads, v.shape[3]).transpose(1, 2)
+    return (out, result[1].view(requests, tokens, heads).transpose(1, 2)) if return_lse else out
 
 
 def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, sm_scale: float | None) -> Plan:

@@ -286,7 +286,8 @@ class LengthTemperature(Variant):
     inv_log_length: float
 
     def logits_transform(self, logits, at):
-        return logits * torch.clamp(torch.log((at.q_pos + 1).to(torch.float32)) * self.inv_log_length, min=1.0)
+        seen = torch.clamp(at.q_pos + 1, min=1)  # positions can be negative
+        return logits * torch.clamp(torch.log(seen.to(torch.float32)) * self.inv_log_length, min=1.0)
 
 
 def length_temperature(train_length: int) -> Variant:

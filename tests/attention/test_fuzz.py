@@ -1,0 +1,66 @@
+"""A bounded run of the random cases; `python -m flashloom.testing fuzz` runs more."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flashloom import dispatch, testing
+from flashloom.attention.reference import ReferenceExecutor
+
+
+def test_the_reference_executor_on_many_kernels(capsys):
+    assert testing.fuzz(60, seed=1, kernels=60, executor="reference", keep_going=True) == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_chosen_executor_on_a_few_kernels(capsys):
+    assert testing.fuzz(120, seed=2, kernels=6, keep_going=True) == 0, capsys.readouterr().out
+
+
+def test_a_case_is_its_two_numbers():
+    a, b = testing.draw_case(5, 9), testing.draw_case(5, 9)
+    assert str(a) == str(b)
+    assert torch.equal(a.q.nan_to_num(), b.q.nan_to_num())
+    assert testing.main(["case", "5", "9", "--executor", "reference"]) == 0
+
+
+def test_a_failure_prints_the_command_that_repeats_it(monkeypatch, capsys):
+    class Wrong(ReferenceExecutor):
+        name = "wrong"
+
+        def run(self, q, kv, out, lse, **options):
+            super().run(q, kv, out, lse, **options)
+            out.mul_(1.5)
+
+    found = dispatch._find
+    monkeypatch.setitem(dispatch.ATTENTION, "cpu", ["test:Wrong"])
+    monkeypatch.setattr(dispatch, "_find", lambda name: Wrong if name == "test:Wrong" else found(name))
+    assert testing.main(["fuzz", "--cases", "20", "--kernels", "5", "--executor", "wrong"]) == 1
+    printed = capsys.readouterr().out
+    command = next(line for line in printed.splitlines() if line.startswith("FAILED"))
+    assert command.startswith("FAILED python -m flashloom.testing case ")
+    assert command.endswith(" --executor wrong")
+    with pytest.raises(AssertionError):
+        testing.main(command.split("flashloom.testing ")[1].split())
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "same"),
+    [
+        ([1.0, math.nan, -math.inf], [1.0, math.nan, -math.inf], True),
+        ([0.0], [math.nan], False),
+        ([math.nan], [0.0], False),
+        ([0.0], [-math.inf], False),
+        ([1.001], [1.0], False),
+        ([1000.05], [1000.0], True),
+    ],
+)
+def test_assert_close(got, want, same):
+    if same:
+        testing.assert_close(torch.tensor(got), torch.tensor(want), 1e-4)
+    else:
+        with pytest.raises(AssertionError, match="should be"):
+            testing.assert_close(torch.tensor(got), torch.tensor(want), 1e-4)
