@@ -14,11 +14,11 @@ from flashloom.bench import ceilings
 from flashloom.bench.cases import CASES, Case, exact, sampled_rows
 from flashloom.bench.peers import PEERS
 from flashloom.bench.report import OWN, Report, Row
-from flashloom.bench.timing import Timing, interleave
+from flashloom.bench.timing import interleave
 from flashloom.bench.workloads import Workload
 from flashloom.kernel import NoCompiler
 
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 KV_DTYPES = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2", torch.int8: "int8"}
 
 
@@ -140,11 +140,15 @@ def time_case(
             f"{case.name}, {workload.name}: the error against float64 is {errors[OWN]:.1e}, above {allowed:.0e}"
         )
     times = interleave(calls, rounds=options.rounds, sample_time=options.sample_time)
-    notes, samples = _notes(case, workload, kv_dtype or dtype, times, ceiling)
+    reads = workload.phase == "decode"
+    work = (
+        (workload.kv_bytes(kv_dtype or dtype) / 1e9, "GB") if reads else (workload.flops(case.causal) / 1e12, "TFLOP")
+    )
+    limits = {ceiling[0]: (ceiling[2] / (1e9 if reads else 1e12), times.pop(ceiling[0]))} if ceiling else {}
     label = DTYPES[dtype] if kv_dtype is None else f"{DTYPES[dtype]}, {KV_DTYPES[kv_dtype]} KV"
     heads = f"{workload.heads.q_heads}/{workload.heads.kv_heads} x {workload.heads.dim}"
     title = name or f"{case.name}, {workload.name}, {heads}"
-    return Row(suite, title, label, times, errors, built or None, notes, samples)
+    return Row(suite, title, label, times, errors, built or None, work, limits)
 
 
 def bench(
@@ -194,28 +198,10 @@ def _ceiling(
     if workload.phase != "decode":
         return ("matmul peak", *ceilings.matmul(dtype))
     try:
-        return ("reading", *ceilings.reader(k, v))
+        call, size = ceilings.reader(k, v)
     except NoCompiler:
         return None
-
-
-def _notes(
-    case: Case,
-    workload: Workload,
-    kv_dtype: torch.dtype,
-    times: dict[str, Timing],
-    ceiling: tuple[str, Callable, int] | None,
-) -> tuple[dict[str, float], dict[str, Timing]]:
-    own, notes = times[OWN].median, {}
-    reads = workload.phase == "decode"
-    work = workload.kv_bytes(kv_dtype) if reads else workload.flops(case.causal)
-    notes["GB/s" if reads else "TFLOP/s"] = work / own / (1e9 if reads else 1e12)
-    if ceiling is None:
-        return notes, {}
-    name, _, amount = ceiling
-    timing = times.pop(name)
-    notes[f"share of {name}"] = (work / own) / (amount / timing.median)
-    return notes, {name: timing}
+    return ("reading", call, size) if size else None
 
 
 def _tolerance(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> float:

@@ -62,7 +62,7 @@ def overhead_rows(rounds: int) -> list[Row]:
         "append of one token": lambda: fl.append(kv, k, k, slots),
     }
     times = interleave(calls, rounds=rounds, sample_time=5e-3)
-    return [Row("overhead", name, "bfloat16", {OWN: timing}) for name, timing in times.items()]
+    return [Row("overhead", name, "bf16", {OWN: timing}) for name, timing in times.items()]
 
 
 def compile_rows(rounds: int) -> list[Row]:
@@ -77,12 +77,8 @@ def compile_rows(rounds: int) -> list[Row]:
                 warm.append(_child(FIRST_RESULT, kind, FLASHLOOM_CACHE_DIR=f"{folder}/{i}"))
         first = Timing(tuple(c["first"] for c in cold))
         name = f"first result of a new process, {kind}"
-        rows.append(
-            Row("compile", f"{name}, empty store", "bfloat16", {OWN: first}, compile_s=sorted(build)[rounds // 2])
-        )
-        rows.append(
-            Row("compile", f"{name}, from the store", "bfloat16", {OWN: Timing(tuple(w["first"] for w in warm))})
-        )
+        rows.append(Row("compile", f"{name}, empty store", "bf16", {OWN: first}, compile_s=sorted(build)[rounds // 2]))
+        rows.append(Row("compile", f"{name}, from the store", "bf16", {OWN: Timing(tuple(w["first"] for w in warm))}))
     return rows
 
 
@@ -90,7 +86,7 @@ def flex_compile_row() -> Row:
     """FlexAttention's first result with an empty compiler cache, once: it takes tens of seconds."""
     with tempfile.TemporaryDirectory() as folder:
         found = _child(FLEX_FIRST_RESULT, TORCHINDUCTOR_CACHE_DIR=folder)
-    return Row("compile", "first result of a new process, prefill", "bfloat16", {"flex": Timing((found["first"],))})
+    return Row("compile", "first result of a new process, prefill", "bf16", {"flex": Timing((found["first"],))})
 
 
 def _decode_batch(requests: int) -> fl.Batch:

@@ -22,10 +22,9 @@ OWN = "flashloom"
 class Row:
     """One line of a table: what was run, the samples of each candidate, and each one's error against float64.
 
-    errors: largest absolute difference over the compared rows, by candidate. compile_s: from plan() to a loaded
-    kernel with an
-    empty store. notes: further figures by name, such as "TFLOP/s" or "share of reading"; ceilings: the samples behind
-    the shares.
+    errors: largest absolute difference over the compared rows, by candidate. compile_s: seconds in the compiler, None
+    where a kernel was found in the store. work: what flashloom does in a call, with its unit ("GB" or "TFLOP");
+    ceilings: the machine's own samples, each with the same work done at its limit.
     """
 
     suite: str
@@ -34,20 +33,43 @@ class Row:
     times: dict[str, Timing]
     errors: dict[str, float] = field(default_factory=dict)
     compile_s: float | None = None
-    notes: dict[str, float] = field(default_factory=dict)
-    ceilings: dict[str, Timing] = field(default_factory=dict)
+    work: tuple[float, str] | None = None
+    ceilings: dict[str, tuple[float, Timing]] = field(default_factory=dict)
+
+    @property
+    def own(self) -> Timing | None:
+        return self.times.get(OWN)
 
     def ratio(self, peer: str) -> float:
         """How many times faster flashloom is than `peer`, by medians."""
         return self.times[peer].median / self.times[OWN].median
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """flashloom's rate as a share of each ceiling's."""
+        if self.own is None or self.work is None:
+            return {}
+        rate = self.work[0] / self.own.median
+        return {name: rate * timing.median / work for name, (work, timing) in self.ceilings.items()}
+
+    @property
+    def rate(self) -> str:
+        """Such as "31.2 GB/s"; empty where nothing is counted."""
+        return f"{self.work[0] / self.own.median:.3g} {self.work[1]}/s" if self.own and self.work else ""
+
+    @property
+    def share(self) -> str:
+        """Such as "71% of reading"."""
+        return ", ".join(f"{share:.0%} of {name}" for name, share in self.shares.items())
+
     def to_json(self) -> dict[str, object]:
         return {
             "suite": self.suite, "name": self.name, "dtype": self.dtype, "compile_s": self.compile_s,
             "times": {name: timing.to_json() for name, timing in self.times.items()},
-            "times_faster": {peer: self.ratio(peer) for peer in self.times if peer != OWN and OWN in self.times},
-            "max_abs_error_vs_float64": self.errors, "notes": self.notes,
-            "ceilings": {name: timing.to_json() for name, timing in self.ceilings.items()},
+            "times_faster": {peer: self.ratio(peer) for peer in self.times if peer != OWN and self.own},
+            "max_abs_error_vs_float64": self.errors,
+            "rate": self.rate, "shares": self.shares,
+            "ceilings": {name: {"work": work, **timing.to_json()} for name, (work, timing) in self.ceilings.items()},
         }  # fmt: skip
 
 
@@ -74,44 +96,52 @@ class Report:
         return {key: {peer: geomean(r) for peer, r in by_peer.items()} for key, by_peer in ratios.items()}
 
     def table(self, console: Console | None = None) -> Table:
-        """Print the table, and the geometric means below it; answers the table."""
+        """Print the table, and the geometric means below it; answers the table. Columns that the console has no room
+        for
+        are left out, those of least weight first."""
         from rich.console import Console
 
-        table, console = self._table(), console or Console()
+        console = console or Console()
+        hidden, free = list[str](), console.options.update(max_width=1000)
+        for name in ("spread", "share", "rate", "compile", None):
+            table = self._table(hidden)
+            if name is None or console.measure(table, options=free).maximum <= console.width:
+                break
+            hidden.append(name)
         console.print(table)
         for suite, means in self.geomeans().items():
             console.print(f"{suite}, geometric mean: " + ", ".join(f"{r:.2f} x {peer}" for peer, r in means.items()))
         m = self.machine
-        console.print(
-            f"{m['cpu']}, {m['threads']} threads, {m['date']}; medians of interleaved rounds; {m['command']}",
-            style="dim",
-        )
+        line = f"{m['cpu']}, {m['threads']} threads, {m['date']}; medians of interleaved rounds; {m['command']}"
+        console.print(line, style="dim", highlight=False)
         return table
 
-    def _table(self) -> Table:
+    def _table(self, hidden: list[str]) -> Table:
+        from rich import box
         from rich.table import Table
 
-        notes = list(dict.fromkeys(name for row in self.rows for name in row.notes))
-        compiled = any(row.compile_s is not None for row in self.rows)
-        table = Table(title=self.title)
-        table.add_column("operator, shape")
-        table.add_column("dtype")
-        for heading in (
-            "time",
-            "spread",
-            *(f"x {peer}" for peer in self.peers),
-            "error",
-            *notes,
-            *(["compile"] if compiled else []),
-        ):
-            table.add_column(heading, justify="right")
-        for row in self.rows:
-            own = row.times.get(OWN)
-            cells = [row.name, row.dtype, seconds(own.median) if own else "", f"{own.spread:.0%}" if own else ""]
-            cells += [f"{row.ratio(peer):.2f}" if own and peer in row.times else "" for peer in self.peers]
-            cells += [f"{row.errors[OWN]:.0e}" if OWN in row.errors else ""]
-            cells += [_note(name, row.notes.get(name)) for name in notes]
-            cells += [seconds(row.compile_s) if row.compile_s is not None else ""] if compiled else []
+        columns = {
+            "operator, shape": [row.name for row in self.rows],
+            "dtype": [row.dtype for row in self.rows],
+            "time": [seconds(row.own.median) if row.own else "" for row in self.rows],
+            "spread": [f"{row.own.spread:.0%}" if row.own else "" for row in self.rows],
+        }
+        for peer in self.peers:
+            columns[f"x {peer}"] = [
+                f"{row.ratio(peer):.2f}" if row.own and peer in row.times else "" for row in self.rows
+            ]
+        columns |= {
+            "error": [f"{row.errors[OWN]:.0e}" if OWN in row.errors else "" for row in self.rows],
+            "compile": [seconds(row.compile_s) if row.compile_s is not None else "" for row in self.rows],
+            "rate": [row.rate for row in self.rows],
+            "share": [row.share for row in self.rows],
+        }
+        table = Table(title=self.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        shown = {name: cells for name, cells in columns.items() if name not in hidden and any(cells)}
+        for name in shown:
+            left = name in ("operator, shape", "dtype", "share")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        for cells in zip(*shown.values()):
             table.add_row(*cells)
         return table
 
@@ -151,7 +181,7 @@ class Report:
         )
         axes.invert_yaxis()
         axes.set_xlabel("times faster (above 1: flashloom is faster)")
-        axes.set_title(f"{self.title}: {self.machine['cpu']}, {self.machine['threads']} threads", fontsize=9)
+        axes.set_title(f"{self.machine['cpu']}, {self.machine['threads']} threads", fontsize=9)
         axes.legend(fontsize=8)
         figure.savefig(path, dpi=80)
         return path
@@ -163,9 +193,3 @@ def seconds(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value / 1e-9:.3g} ns"
-
-
-def _note(name: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0%}" if name.startswith("share") else f"{value:.3g}"

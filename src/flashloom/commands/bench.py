@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from flashloom.commands import console
+
 SUITES = ("prefill", "decode", "variants", "dtypes", "overhead", "compile", "minilm")
 
 
@@ -32,7 +34,6 @@ def attention(
     rows, and FlexAttention compiled. Medians are of interleaved rounds; errors are against float64.
     """
     import torch
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from flashloom.bench.report import Report
@@ -42,18 +43,18 @@ def attention(
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = SUITES if "all" in suites else suites or ("prefill", "decode")
-    console, rows = Console(), []
+    screen, rows = console(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     work = tasks([name for name in chosen if name != "minilm"], full=full, rounds=rounds)
     if "minilm" in chosen:
         work += [Task(f"minilm: {n} tokens", lambda n=n: speed_rows(n, rounds)) for n in LENGTHS]
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=screen) as progress:
         bar = progress.add_task("", total=len(work))
         for task in work:
             progress.update(bar, description=task.title)
             rows += task.run()
             progress.advance(bar)
     report = Report(rows)
-    report.table(console)
+    report.table(screen)
     for path in report.save(output, name or "attention-" + "-".join(chosen if len(chosen) < len(SUITES) else ("all",))):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        screen.print(f"wrote {path}", highlight=False, soft_wrap=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from flashloom.commands import console
+
 
 @click.command()
 @click.option(
@@ -21,8 +23,7 @@ def demo(output: Path, full: bool, rounds: int) -> None:
 
     Takes under two minutes on two cores, compiling included. Exits with 1 when a result differs from PyTorch's.
     """
-    from rich.console import Console
 
     from flashloom.demo.run import Demo
 
-    sys.exit(0 if Demo(output, Console(), full, rounds).run() else 1)
+    sys.exit(0 if Demo(output, console(), full, rounds).run() else 1)

@@ -35,8 +35,8 @@ class Shape:
 class Decoder:
     """RMSNorm, rotary embedding, grouped-query attention and SwiGLU, as in Llama 2 (Touvron et al. 2023).
 
-    Weights are drawn from a seed with variance 1 / fan-in: the text it writes means nothing, but every token depends on
-    the whole context, so that an error in attention changes the tokens.
+    Weights are drawn from a seed with variance 1 / fan-in, those around attention larger: the text it writes means
+    nothing, but its tokens depend on the whole context, so that an error in attention changes them.
     """
 
     def __init__(self, shape: Shape = Shape(), seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
@@ -49,10 +49,10 @@ class Decoder:
         self.embedding = weight(s.vocabulary, s.hidden) * s.hidden**0.5
         self.layers = [
             {
-                "q": weight(s.q_heads * s.dim, s.hidden),
+                "q": 2.0 * weight(s.q_heads * s.dim, s.hidden),
                 "k": weight(s.kv_heads * s.dim, s.hidden),
                 "v": weight(s.kv_heads * s.dim, s.hidden),
-                "o": weight(s.hidden, s.q_heads * s.dim),
+                "o": 4.0 * weight(s.hidden, s.q_heads * s.dim),
                 "gate": weight(s.ffn, s.hidden),
                 "up": weight(s.ffn, s.hidden),
                 "down": weight(s.hidden, s.ffn),

@@ -40,7 +40,7 @@ def examples() -> dict[str, tuple[fl.Variant, bool]]:
         "full": (fl.full, True),
         "causal": (fl.causal, True),
         "causal & sliding_window(15)": (fl.causal & fl.sliding_window(15), True),
-        "causal & softcap(2)": (fl.causal & fl.softcap(2.0), True),
+        "causal & softcap(5)": (fl.causal & fl.softcap(5.0), True),
         "causal & alibi": (fl.causal & fl.alibi(torch.tensor([0.15])), False),
         "causal & document_mask": (fl.causal & fl.document_mask(documents), True),
         "prefix_lm(24)": (fl.prefix_lm(torch.tensor([24])), True),
