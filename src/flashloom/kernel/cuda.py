@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-import threading
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from flashloom import settings, store
+from flashloom.kernel.resident import Resident
 from flashloom.store import Entry
 
 __all__ = ["CudaError", "Function", "Launch", "load"]
@@ -71,24 +73,30 @@ class Function:
                     f"{entry.label}: {self.shared} B shared memory",
                 )
 
+    def __del__(self) -> None:
+        module = self.__dict__.get("module")
+        if module and not sys.is_finalizing() and not torch.cuda.is_current_stream_capturing():
+            with torch.cuda.device(self.device):
+                torch.cuda.synchronize()
+                _driver().cuModuleUnload(module)
 
-_functions: dict[tuple[str, int], Function] = {}
-_lock = threading.Lock()
+
+_functions: Resident[Function] = Resident(lambda: settings.get().resident)
 
 
 def load(kernel: Any, device: torch.device) -> Function:
     """The kernel (a `TritonKernel`) on this device; from the store, or compiled now. One module per kernel and device
     in a process."""
-    entry = kernel.entry()
-    key = (entry.key.key, device.index)
-    with _lock:
-        if key not in _functions:
-            try:
-                _functions[key] = Function(entry, device)
-            except CudaError as error:
-                entry.reject(str(error))
-                raise
-        return _functions[key]
+
+    def make() -> Function:
+        entry = kernel.entry()
+        try:
+            return Function(entry, device)
+        except CudaError as error:
+            entry.reject(str(error))
+            return Function(kernel.entry(), device)
+
+    return _functions.get((store.digest(kernel.fields), device.index), make)
 
 
 class Launch:
