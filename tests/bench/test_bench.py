@@ -107,7 +107,7 @@ def test_bench_of_an_attention(capsys):
     report = fl.bench(attention, [decode(heads, 2, 64)], against=["matmul"], rounds=2)
     report.table()
     printed = capsys.readouterr().out
-    assert "decode 2 x 64" in printed
+    assert "decode 2x64" in printed
     assert "x matmul" in printed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ KV_DTYPES = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2", tor
 
 @dataclass(frozen=True)
 class Options:
-    """How to time: interleaved rounds, seconds per sample, and the peers' names ("sdpa", "matmul", "flex")."""
+    """How to time: interleaved rounds, seconds per sample, the peers' names ("sdpa", "matmul", "flex") and the
+    device."""
 
     rounds: int = 15
     sample_time: float = 2e-3
     against: tuple[str, ...] = ("sdpa", "matmul")
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.against if name not in PEERS]
@@ -75,8 +78,9 @@ def arrange(workload: Workload, k: Tensor, v: Tensor) -> tuple[fl.Batch, Tensor,
     shape = (len(batch.pages) * workload.page_size, workload.heads.kv_heads)
     stored = []
     for x in (k, v):
-        pages = torch.zeros(*shape, x.shape[-1], dtype=x.dtype)
-        stored.append(pages.index_copy_(0, slots, x).unflatten(0, (-1, workload.page_size)))
+        pages = torch.zeros(*shape, x.shape[-1], dtype=x.dtype, device=x.device)
+        pages[slots.to(x.device)] = x
+        stored.append(pages.unflatten(0, (-1, workload.page_size)))
     return batch, stored[0], stored[1]
 
 
@@ -105,19 +109,21 @@ def time_case(
         ArithmeticError: when flashloom's output is further from float64 than its dtype explains; a wrong kernel has
         no speed.
     """
-    q, k, v = inputs(workload, dtype)
-    stored_k, stored_v, scales = k, v, ()
+    on_host = inputs(workload, dtype)
+    q, k, v = (x.to(options.device) for x in on_host)
+    stored_k, stored_v = k, v
+    scales: tuple[Tensor, ...] = ()
     if kv_dtype is not None:
         (stored_k, k_scale), (stored_v, v_scale) = quantise(k, kv_dtype), quantise(v, kv_dtype)
         scales = (k_scale, v_scale)
     batch, kc, vc = arrange(workload, stored_k, stored_v)
     if attention is None:
         variant = case.variant(workload.heads.q_heads)
-        attention = fl.Attention(workload.heads, variant=variant, dtype=dtype, kv_dtype=kv_dtype)
+        attention = fl.Attention(workload.heads, variant=variant, dtype=dtype, kv_dtype=kv_dtype, device=options.device)
     before = store.counters().build_seconds
     plan = attention.plan(batch)
     built = store.counters().build_seconds - before
-    out = torch.empty(workload.tokens, workload.heads.q_heads, workload.heads.value_dim, dtype=dtype)
+    out = torch.empty(workload.tokens, workload.heads.q_heads, workload.heads.value_dim, dtype=dtype, device=q.device)
     kv = (kc, vc, *scales)
 
     calls: dict[str, Callable[[], object]] = {OWN: lambda: plan.run(q, kv, out=out)}
@@ -125,29 +131,30 @@ def time_case(
     for peer in options.against:
         made = PEERS[peer](case, workload, q, k, v)
         if made is not None:
-            calls[peer], shape = made
-            results[peer] = lambda call=made[0], shape=shape: shape(call())
+            calls[peer] = made[0]
+            results[peer] = partial(_result, *made)
     ceiling = _ceiling(workload, dtype, kc, vc)
     calls.update({ceiling[0]: ceiling[1]} if ceiling else {})
 
     rows = sampled_rows(workload)
-    wanted = exact(case, workload, q, k, v, rows)
+    wanted = exact(case, workload, *on_host, rows)
     calls[OWN]()
-    errors = {peer: float((result()[rows].double() - wanted).abs().max()) for peer, result in results.items()}
+    errors = {peer: float((result().cpu()[rows].double() - wanted).abs().max()) for peer, result in results.items()}
     allowed = _tolerance(dtype, kv_dtype)
     if not errors[OWN] <= allowed:
         raise ArithmeticError(
             f"{case.name}, {workload.name}: the error against float64 is {errors[OWN]:.1e}, above {allowed:.0e}"
         )
-    times = interleave(calls, rounds=options.rounds, sample_time=options.sample_time)
+    wait = torch.cuda.synchronize if q.is_cuda else None
+    times = interleave(calls, rounds=options.rounds, sample_time=options.sample_time, synchronize=wait)
     reads = workload.phase == "decode"
     work = (
         (workload.kv_bytes(kv_dtype or dtype) / 1e9, "GB") if reads else (workload.flops(case.causal) / 1e12, "TFLOP")
     )
     limits = {ceiling[0]: (ceiling[2] / (1e9 if reads else 1e12), times.pop(ceiling[0]))} if ceiling else {}
     label = DTYPES[dtype] if kv_dtype is None else f"{DTYPES[dtype]}, {KV_DTYPES[kv_dtype]} KV"
-    heads = f"{workload.heads.q_heads}/{workload.heads.kv_heads} x {workload.heads.dim}"
-    title = name or f"{case.name}, {workload.name}, {heads}"
+    heads = f"{workload.heads.q_heads}/{workload.heads.kv_heads}x{workload.heads.dim}"
+    title = name or f"{case.name} {workload.name}, {heads}"
     return Row(suite, title, label, times, errors, built or None, work, limits)
 
 
@@ -169,7 +176,7 @@ def bench(
         ValueError: for an unknown peer, no workload, a workload of another head shape, or a variant that cases.py
         does not define.
     """
-    options = Options(rounds=rounds, against=tuple(against))
+    options = Options(rounds=rounds, against=tuple(against), device=str(attention.device))
     if not workloads:
         raise ValueError("workloads is empty: pass fl.workloads(model) or Workload(...)")
     case = _case_of(attention)
@@ -187,6 +194,10 @@ def _case_of(attention: fl.Attention) -> Case:
     raise ValueError(
         f"bench knows {', '.join(CASES)} but not {attention.variant}: use time_case with a Case of its own"
     )
+
+
+def _result(call: Callable[[], Tensor], flat: Callable[[Tensor], Tensor]) -> Tensor:
+    return flat(call())
 
 
 def _ceiling(

@@ -136,7 +136,7 @@ class Report:
             "rate": [row.rate for row in self.rows],
             "share": [row.share for row in self.rows],
         }
-        table = Table(title=self.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=self.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         shown = {name: cells for name, cells in columns.items() if name not in hidden and any(cells)}
         for name in shown:
             left = name in ("operator, shape", "dtype", "share")

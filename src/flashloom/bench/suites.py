@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +26,7 @@ class Task:
     run: Callable[[], list[Row]]
 
 
-def tasks(suites: Sequence[str], *, full: bool = False, rounds: int = 15) -> list[Task]:
+def tasks(suites: Sequence[str], *, full: bool = False, rounds: int = 15, device: str = "cpu") -> list[Task]:
     """The tasks of the suites, in order. `full`: all shapes, and FlexAttention wherever it runs.
 
     Raises ValueError for a suite that is not known.
@@ -34,7 +34,7 @@ def tasks(suites: Sequence[str], *, full: bool = False, rounds: int = 15) -> lis
     unknown = [name for name in suites if name not in SUITES]
     if unknown:
         raise ValueError(f"suite {unknown[0]!r} is not known: use {', '.join(SUITES)}")
-    return [task for name in suites for task in SUITES[name](full, rounds)]
+    return [task for name in suites for task in SUITES[name](full, Options(rounds, device=device))]
 
 
 def _timed(suite: str, case: str, workload: Workload, dtype: torch.dtype, options: Options, **more: object) -> Task:
@@ -42,36 +42,36 @@ def _timed(suite: str, case: str, workload: Workload, dtype: torch.dtype, option
     return Task(title, lambda: [time_case(CASES[case], workload, dtype, options, suite=suite, **more)])  # type: ignore[arg-type]
 
 
-def _prefill(full: bool, rounds: int) -> list[Task]:
-    options = Options(rounds, against=("sdpa", "flex") if full else ("sdpa",))
+def _prefill(full: bool, options: Options) -> list[Task]:
+    options = replace(options, against=("sdpa", "flex") if full else ("sdpa",))
     lengths = (1024, 2048, 4096) if full else (1024, 2048)
     bf16 = [_timed("prefill", c, prefill(LLAMA, s), BF16, options) for c in ("full", "causal") for s in lengths]
     f32 = [_timed("prefill", c, prefill(LLAMA, 1024), F32, options) for c in ("full", "causal")]
     return bf16 + f32
 
 
-def _decode(full: bool, rounds: int) -> list[Task]:
-    options = Options(rounds, against=("sdpa", "matmul", "flex") if full else ("sdpa", "matmul"))
+def _decode(full: bool, options: Options) -> list[Task]:
+    options = replace(options, against=("sdpa", "matmul", "flex") if full else ("sdpa", "matmul"))
     shapes = [(b, kv) for b in (1, 8, 32) for kv in (1024, 4096, 16384)] if full else [(1, 4096), (8, 1024), (8, 4096)]
     bf16 = [_timed("decode", "causal", decode(LLAMA, b, kv), BF16, options) for b, kv in shapes]
     small = [(b, kv) for b, kv in shapes if b * kv <= 32 * 4096]
     return bf16 + [_timed("decode", "causal", decode(LLAMA, b, kv), F32, options) for b, kv in small]
 
 
-def _variants(full: bool, rounds: int) -> list[Task]:
+def _variants(full: bool, options: Options) -> list[Task]:
     """Against compiled FlexAttention, whose compiling takes most of the time; and a narrow window in a long context."""
-    heads, options = fl.HeadShape(8, 2, 128), Options(rounds, against=("flex",))
+    heads, options = fl.HeadShape(8, 2, 128), replace(options, against=("flex",))
     found = [_timed("variants", c, prefill(heads, 1024), BF16, options) for c in CASES]
     if full:
         found += [_timed("variants", c, decode(heads, 4, 4096), BF16, options) for c in CASES]
-    alone = Options(rounds, against=())
+    alone = replace(options, against=())
     long = [_timed("variants", c, decode(LLAMA, 1, 16384), BF16, alone) for c in ("full", "window 256")]
     return found + long
 
 
-def _dtypes(full: bool, rounds: int) -> list[Task]:
+def _dtypes(full: bool, options: Options) -> list[Task]:
     """Eight-bit keys and values beside 16-bit ones, beyond and (full) within the processor's cache."""
-    options = Options(rounds, against=("matmul",))
+    options = replace(options, against=("matmul",))
     shapes = [(32, 4096), (8, 1024)] if full else [(8, 4096)]
     kinds = (None, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
     return [
@@ -81,16 +81,21 @@ def _dtypes(full: bool, rounds: int) -> list[Task]:
     ]
 
 
-def _overhead(full: bool, rounds: int) -> list[Task]:
-    return [Task("overhead: calls on the host", lambda: overhead_rows(rounds))]
+def _overhead(full: bool, options: Options) -> list[Task]:
+    return [Task("overhead: calls on the host", lambda: overhead_rows(options.rounds))]
 
 
-def _compile(full: bool, rounds: int) -> list[Task]:
-    own = [Task("compile: flashloom, new processes", lambda: compile_rows(rounds if full else min(rounds, 5)))]
+def _compile(full: bool, options: Options) -> list[Task]:
+    own = [
+        Task(
+            "compile: flashloom, new processes",
+            lambda: compile_rows(options.rounds if full else min(options.rounds, 5)),
+        )
+    ]
     return own + ([Task("compile: FlexAttention", lambda: [flex_compile_row()])] if full else [])
 
 
-SUITES: dict[str, Callable[[bool, int], list[Task]]] = {
+SUITES: dict[str, Callable[[bool, Options], list[Task]]] = {
     "prefill": _prefill,
     "decode": _decode,
     "variants": _variants,

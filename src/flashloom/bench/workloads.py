@@ -93,9 +93,9 @@ def workloads(model: str, phase: str | None = None, *, page_size: int | None = 1
 
 def prefill(heads: fl.HeadShape, length: int, batch: int = 1) -> Workload:
     """`batch` whole prompts of `length` tokens over contiguous keys."""
-    return Workload(f"prefill {batch} x {length}", heads, (length,) * batch, (length,) * batch, None)
+    return Workload(f"prefill {batch}x{length}", heads, (length,) * batch, (length,) * batch, None)
 
 
 def decode(heads: fl.HeadShape, batch: int, kv: int, page_size: int | None = 16) -> Workload:
     """One token for each of `batch` requests with `kv` tokens in the cache."""
-    return Workload(f"decode {batch} x {kv}", heads, (1,) * batch, (kv,) * batch, page_size)
+    return Workload(f"decode {batch}x{kv}", heads, (1,) * batch, (kv,) * batch, page_size)

@@ -45,6 +45,8 @@ def _load(where: str):
     if not path.is_file():
         raise click.BadParameter(f"there is no file {where!r}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

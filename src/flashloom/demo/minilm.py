@@ -96,7 +96,7 @@ def speed_rows(length: int, rounds: int) -> list[Row]:
         real = mask.bool()
         torch.testing.assert_close(loom.hidden(tokens)[real], sdpa.hidden(tokens)[real], rtol=1e-3, atol=1e-4)
         calls = {OWN: partial(loom.hidden, tokens), "sdpa": partial(sdpa.hidden, tokens)}
-        rows.append(Row("minilm", f"MiniLM, 8 x {span} tokens", "f32", interleave(calls, rounds=rounds)))
+        rows.append(Row("minilm", f"MiniLM, 8x {span} tokens", "f32", interleave(calls, rounds=rounds)))
     return rows
 
 

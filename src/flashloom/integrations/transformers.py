@@ -88,7 +88,7 @@ def flashloom_attention(
     batch, q_heads, q_length, dim = query.shape
     heads = fl.HeadShape(q_heads, key.shape[1], dim, value.shape[-1])
     if isinstance(attention_mask, Mask):
-        layout = attention_mask.layout(key.shape[2])
+        layout = attention_mask.posed(key.shape[2])
     elif attention_mask is not None:
         layout = dense_layout(attention_mask, query, key)
     else:

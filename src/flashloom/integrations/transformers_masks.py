@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,6 +141,7 @@ class Mask(torch.Tensor):
 
     form: Callable[[], Tensor]
     rules: Rules
+    _layouts: dict[int, Layout]
 
     @staticmethod
     def __new__(cls, rules: Rules, form: Callable[[], Tensor], device: torch.device) -> Mask:
@@ -148,7 +150,7 @@ class Mask(torch.Tensor):
         mask.rules, mask.form, mask._layouts = rules, form, {}
         return mask
 
-    def layout(self, keys: int) -> Layout:
+    def posed(self, keys: int) -> Layout:
         """The batch and variant for this mask over `keys` cached keys; the same object for every layer of a forward
         pass."""
         if keys != self.rules.kv_length:
@@ -159,14 +161,14 @@ class Mask(torch.Tensor):
             self._layouts[keys] = self.rules.layout()
         return self._layouts[keys]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[override]
         args, kwargs = torch.utils._pytree.tree_map_only(Mask, lambda mask: mask.form(), (args, kwargs or {}))
         return function(*args, **kwargs)
 
-    def __repr__(self, **options: object) -> str:
+    def __repr__(self, **options: object) -> str:  # type: ignore[override]
         return f"Mask({self.rules})"
 
 
@@ -211,6 +213,7 @@ class Rules:
         keep = None if self.keep is None else self.keep[:, :end]
         real = [(0, end)] * self.requests if keep is None else _intervals(keep)
         if real is None:
+            assert keep is not None
             pieces = [Piece(b, self.q_length, end, 0, end) for b in range(self.requests)]
             return self._layout(pieces, KeptKeys(keep=keep.contiguous()))
         return self._layout(
@@ -244,7 +247,7 @@ class Rules:
 
     def _variant(self, owner: Tensor) -> fl.Variant:
         pattern = self.pattern
-        variant = fl.causal if pattern.causal else fl.full
+        variant: fl.Variant = fl.causal if pattern.causal else fl.full
         if pattern.left is not None or pattern.right is not None:
             variant = variant & fl.sliding_window(pattern.left, pattern.right)
         if pattern.chunk is not None:
@@ -279,7 +282,7 @@ def flashloom_mask(
         )  # fmt: skip
 
     pattern = None if torch.compiler.is_compiling() else read_pattern(mask_function)
-    if pattern is None or (pattern.documents is not None and (q_offset or kv_offset)):
+    if pattern is None or isinstance(q_offset, Tensor) or (pattern.documents is not None and (q_offset or kv_offset)):
         return form()
     keep = None
     if attention_mask is not None:
@@ -300,7 +303,7 @@ def unmasked_layout(query: Tensor, key: Tensor, causal: bool, window: int | None
     causal = causal and q_length > 1
     if causal and keys < q_length:
         raise ValueError(f"causal attention of {q_length} queries over {keys} keys needs a mask: pass attention_mask")
-    variant = fl.causal if causal else fl.full
+    variant: fl.Variant = fl.causal if causal else fl.full
     if window is not None and causal:
         variant = variant & fl.sliding_window(window - 1)
     kv = fl.DenseKV(batch, keys, lens=[q_length if causal else keys] * batch)
@@ -333,7 +336,7 @@ def _intervals(keep: Tensor) -> list[tuple[int, int]] | None:
     return [(int(a), int(b)) if n else (0, 0) for a, b, n in zip(first, last, count)]
 
 
-def _captured(function: Callable) -> dict[str, object]:
+def _captured(function: Callable) -> dict[str, Any]:
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     return dict(zip(code.co_freevars, (c.cell_contents for c in cells))) if code is not None and cells else {}
 
