@@ -68,7 +68,7 @@ struct Request {
 };
 
 // Element offsets of keys [t, t + n) without the head's part, page by page. `scale` (or null) gets the page of each key.
-FL_INLINE void key_offsets(const Args& a, const Request& r, int32_t t, int n, int64_t page_stride, int64_t token_stride,
+FL_OUTLINE void key_offsets(const Args& a, const Request& r, int32_t t, int n, int64_t page_stride, int64_t token_stride,
                            int64_t* offset) {
   int64_t page = t / a.page_size, in = t % a.page_size;
   for (int i = 0; i < n;) {
@@ -77,7 +77,7 @@ FL_INLINE void key_offsets(const Args& a, const Request& r, int32_t t, int n, in
     page++, in = 0;
   }
 }
-FL_INLINE void key_scales(const Args& a, const Request& r, int32_t t, int n, const float* scale, int64_t page_stride,
+FL_OUTLINE void key_scales(const Args& a, const Request& r, int32_t t, int n, const float* scale, int64_t page_stride,
                           int64_t head, float* to) {
   int64_t page = t / a.page_size, in = t % a.page_size;
   for (int i = 0; i < n;) {
@@ -111,7 +111,7 @@ struct s8 {
 };
 
 // n elements of storage T to floats; the rest up to a multiple of VL becomes 0. Reads nothing beyond the n.
-template <class T> FL_INLINE void row_to_float(const void* from, int64_t at, int n, float* to) {
+template <class T> FL_OUTLINE void row_to_float(const void* from, int64_t at, int n, float* to) {
   int d = 0;
   for (; d + VL <= n; d += VL) storeu(to + d, T::block(from, at + d));
   if (d == n) return;
@@ -134,7 +134,7 @@ template <> struct pair<bf16> {
   }
 };
 
-FL_INLINE void store_row(const Args& a, int64_t at, const float* x, int n) {
+FL_OUTLINE void store_row(const Args& a, int64_t at, const float* x, int n) {
   int d = 0;
   if (a.out_type == 0) {
     float* o = (float*)a.out + at;

@@ -5,6 +5,7 @@
 // are the head dim in both products; a register block of rows x keys keeps each loaded vector busy, and the sums across
 // lanes of VL scores cost one tree of shuffles. In between lanes are keys.
 #pragma once
+#include "amx_decode.h"
 #include "finish.h"
 
 namespace flashloom {
@@ -18,13 +19,23 @@ template <class C, class V> struct DecodeKernel {
   static constexpr int BLOCK = 64;
   static constexpr int MAX_ROWS = 16;
   static constexpr bool DIRECT_K = D % (2 * VL) == 0 && !V::has_key, DIRECT_V = DV % (2 * VL) == 0;
-  static constexpr bool ZIPPED_K = DIRECT_K && pair<KV>::interleaved, ZIPPED_V = DIRECT_V && pair<KV>::interleaved;
+#if defined(FL_TILES)
+  static constexpr bool TILED = same<typename C::Q, bf16>::value && (sizeof(typename KV::raw) == 1 || same<KV, bf16>::value) &&
+                                D % 32 == 0 && DV % 32 == 0 && !V::has_key;
+  static constexpr int TILE_ROWS = 8;                        // rows of one tile of weights, each in it twice
+  static constexpr int QUERIES = V::has_query ? 2 : 1;       // transformed queries are the sum of two bfloat16
+#else
+  static constexpr bool TILED = false;
+#endif
+  static constexpr bool ZIPPED_K = DIRECT_K && pair<KV>::interleaved;
+  static constexpr bool ZIPPED_V = TILED || (DIRECT_V && pair<KV>::interleaved);
 
   struct Row {
     float q[DP];   // times sm_scale (and log2 e, and the key's scale, where nothing comes between)
     float o[DVP];
     float l[VL];   // partial sums
-    float m, v_scale;
+    float m;
+    alignas(64) uint32_t tiles[TILED ? D * 8 : 16];  // of the first row of TILE_ROWS: Q^T, bf16 pairs
   };
   struct Scratch {
     float s[MAX_ROWS * BLOCK];
@@ -32,9 +43,32 @@ template <class C, class V> struct DecodeKernel {
     float transformed[DP];
     int64_t k_at[BLOCK], v_at[BLOCK], k_in[BLOCK], v_in[BLOCK];
     float k_scale[BLOCK], v_scale[BLOCK];
-    Row rows[1];  // [head][row]
+#if defined(FL_TILES)
+    struct Tiles {
+      alignas(64) float s[BLOCK * 16], o[DV * 8 > 512 ? DV * 8 : 512];
+      alignas(64) uint32_t p[BLOCK * 16];
+      alignas(64) uint16_t k[BLOCK * D], v[BLOCK * DV];  // what cannot be used where it is
+      Strip k_at[BLOCK / 16], v_at[BLOCK / 16];
+    };
+    typename choose<TILED, Tiles, char>::type tiles;
+#endif
+    alignas(64) Row rows[1];  // [head][row]
   };
   static constexpr int64_t scratch_size(int64_t rows) { return sizeof(Scratch) + rows * (int64_t)sizeof(Row); }
+
+  // Touches the lines of the next block in the order of memory, a few at a time between the products of this one.
+  struct Fetcher {
+    const char *k, *v;
+    const int64_t *k_at, *v_at;  // in bytes
+    int row, rows, line, k_lines, v_lines, quota;
+    FL_INLINE void some() {
+      for (int i = 0; i < quota && row < rows; i++) {
+        if (line < k_lines) prefetch(k + k_at[row] + line * 64);
+        if (line < v_lines) prefetch(v + v_at[row] + line * 64);
+        if (++line >= k_lines && line >= v_lines) line = 0, row++;
+      }
+    }
+  };
 
   const Args& a;
   const Params& p;
@@ -42,20 +76,23 @@ template <class C, class V> struct DecodeKernel {
   const Item& it;
   Request r;
   int rows;
+  Fetcher next;
+  bool k_even[BLOCK / 16], v_even[BLOCK / 16];  // 16 keys evenly apart
 
   DecodeKernel(const Args& a, const Params& p, char* scratch, const Item& it)
       : a(a), p(p), w(*(Scratch*)scratch), it(it), r(a, it.request), rows(it.row_hi - it.row_lo) {}
 
   static FL_INLINE float factor(const Args& a) { return (float)a.sm_scale * (V::softmax && !V::has_logits ? LOG2E : 1.f); }
 
-  void load_query(Row& x, int32_t kv_head, int32_t row) {
+  FL_OUTLINE void load_query(Row& x, int32_t kv_head, int32_t row) {
     int32_t q_head = kv_head * G + row % G;
     int64_t from = (r.q_start + row / G) * a.q_token + q_head * a.q_head;
     row_to_float<typename C::Q>(a.q, from, D, V::has_query ? w.transformed : x.q);
-    if (V::has_query) V::transform_query(w.transformed, x.q, r.at(kv_head, q_head, row / G), p);
+    if constexpr (V::has_query) V::transform_query(w.transformed, x.q, r.at(kv_head, q_head, row / G), p);
     for (int d = round_up(D, VL); d < DP; d += VL) storeu(x.q + d, vf{});
     for (int d = D; d < DP; d++) x.q[d] = 0.f;
     float scale = factor(a);
+    if (!TILED)
     for (int d = 0; d < DP; d += 2 * VL) {
       vf u = loadu(x.q + d) * scale, v = loadu(x.q + d + VL) * scale;
       storeu(x.q + d, ZIPPED_K ? evens(u, v) : u), storeu(x.q + d + VL, ZIPPED_K ? odds(u, v) : v);
@@ -66,15 +103,16 @@ template <class C, class V> struct DecodeKernel {
   }
 
   // Where this head's keys and values of the block are; what cannot be read directly is made float32 in scratch.
-  void load_keys(int32_t kv_head, int32_t t, int n) {
+  FL_OUTLINE void load_keys(int32_t kv_head, int32_t t, int n) {
     for (int i = 0; i < n; i++) w.k_in[i] = w.k_at[i] + kv_head * a.k_head, w.v_in[i] = w.v_at[i] + kv_head * a.v_head;
     if (a.k_scale) key_scales(a, r, t, n, a.k_scale, a.k_scale_page, kv_head * a.k_scale_head, w.k_scale);
     if (a.v_scale) key_scales(a, r, t, n, a.v_scale, a.v_scale_page, kv_head * a.v_scale_head, w.v_scale);
-    if (!DIRECT_K) {
+    if constexpr (TILED) return;
+    if constexpr (!DIRECT_K) {
       for (int i = 0; i < n; i++) {
         float* to = V::has_key ? w.transformed : w.k + i * DP;
         row_to_float<KV>(a.k, w.k_in[i], D, to);
-        if (V::has_key) {
+        if constexpr (V::has_key) {
           if (a.k_scale)
             for (int d = 0; d < round_up(D, VL); d += VL) storeu(to + d, loadu(to + d) * w.k_scale[i]);
           KeysAt at = r.at(kv_head, 0, 0);
@@ -85,7 +123,7 @@ template <class C, class V> struct DecodeKernel {
         w.k_in[i] = i * DP;
       }
     }
-    if (!DIRECT_V) {
+    if constexpr (!DIRECT_V) {
       for (int i = 0; i < n; i++) {
         row_to_float<KV>(a.v, w.v_in[i], DV, w.v + i * DVP);
         w.v_in[i] = i * DVP;
@@ -117,7 +155,8 @@ template <class C, class V> struct DecodeKernel {
   }
   template <int ROWS> FL_INLINE void score_rows(const Row* x, float* s, int n) {
     for (int j = 0; j < n; j += VL / ROWS) {
-      if (DIRECT_K) scores<KV, ROWS>(a.k, w.k_in + j, x, s + j);
+      next.some();
+      if constexpr (DIRECT_K) scores<KV, ROWS>(a.k, w.k_in + j, x, s + j);
       else scores<f32, ROWS>(w.k, w.k_in + j, x, s + j);
     }
   }
@@ -156,12 +195,12 @@ template <class C, class V> struct DecodeKernel {
     }
   }
   template <int ROWS> FL_INLINE void value_rows(Row* x, const float* s, const float* shrink, int n) {
-    if (DIRECT_V) values<KV, ROWS>(a.v, x, s, shrink, n);
+    if constexpr (DIRECT_V) values<KV, ROWS>(a.v, x, s, shrink, n);
     else values<f32, ROWS>(w.v, x, s, shrink, n);
   }
 
   // One row's scores become weights; answers by how much what it has summed so far shrinks.
-  FL_INLINE float softmax(Row& x, float* s, int32_t kv_head, int32_t row, int32_t t, int n, bool masked) {
+  FL_OUTLINE float softmax(Row& x, float* s, int32_t kv_head, int32_t row, int32_t t, int n, bool masked) {
     KeysAt at = r.at(kv_head, kv_head * G + row % G, row / G);
     auto logits = V::bind_logits(at, p);
     auto mask = V::bind_mask(at, p);
@@ -201,50 +240,136 @@ template <class C, class V> struct DecodeKernel {
     return shrink;
   }
 
-  template <int ROWS> FL_INLINE void attend_rows(Row* x, int32_t kv_head, int32_t row, int32_t t, int n, bool masked) {
+  template <int ROWS> FL_OUTLINE void attend_rows(Row* x, int32_t kv_head, int32_t row, int32_t t, int n, bool masked) {
     float shrink[ROWS];
     score_rows<ROWS>(x, w.s, n);
     for (int i = 0; i < ROWS; i++) shrink[i] = softmax(x[i], w.s + i * BLOCK, kv_head, row + i, t, n, masked);
     value_rows<ROWS>(x, w.s, shrink, n);
   }
 
-  FL_INLINE void attend(int32_t kv_head, int32_t t, int n, bool masked) {
-    Row* x = w.rows + (kv_head - it.kv_head_lo) * rows;
-    int i = 0;
-    constexpr int MOST = VL >= 16 ? 4 : 2;
-    if (G >= MOST || G == 3)
-      for (; i + MOST <= rows; i += MOST) attend_rows<MOST>(x + i, kv_head, it.row_lo + i, t, n, masked);
-    if (MOST > 2 && G != 1)
-      for (; i + 2 <= rows; i += 2) attend_rows<2>(x + i, kv_head, it.row_lo + i, t, n, masked);
-    for (; i < rows; i++) attend_rows<1>(x + i, kv_head, it.row_lo + i, t, n, masked);
-  }
-
-  // Touch the next block's lines of this head while this one is computed.
-  FL_INLINE void fetch(const int64_t* k_next, const int64_t* v_next, int32_t kv_head, int n) {
-    typedef typename KV::raw raw;
-    for (int i = 0; i < n; i++) {
-      const char *k = (const char*)((const raw*)a.k + k_next[i] + kv_head * a.k_head);
-      const char *v = (const char*)((const raw*)a.v + v_next[i] + kv_head * a.v_head);
-      for (int d = 0; d < D * (int)sizeof(raw); d += 64) prefetch(k + d);
-      for (int d = 0; d < DV * (int)sizeof(raw); d += 64) prefetch(v + d);
+#if defined(FL_TILES)
+  // Q^T of up to TILE_ROWS rows, from their float queries; a transformed query's rounding error goes into further columns.
+  FL_OUTLINE void tile_query(Row* x, int count) {
+    for (int c = 0; c < D; c += 32) {
+      float pairs[256] = {}, turned[256];
+      for (int i = 0; i < count; i++) {
+        for (int half = 0; half < 32; half += 16) {
+          vf y = loadu(x[i].q + c + half);
+          vh high = float_to_bf16(y);
+          *(vh_u*)((uint16_t*)pairs + i * 32 + half) = high;
+          if (QUERIES == 2) *(vh_u*)((uint16_t*)pairs + (count + i) * 32 + half) = float_to_bf16(y - bf16_to_float(high));
+        }
+      }
+      transpose_block(pairs, 16, turned, 16);
+      for (int i = 0; i < 256; i += VL) *(vi_u*)(x->tiles + c * 8 + i) = (vi)loadu(turned + i);
     }
   }
 
+  // Each 16 keys where they are, if they are evenly apart, and in scratch otherwise (with zeros beyond the last).
+  template <int N> FL_INLINE void strips(const void* base, const int64_t* at, int64_t token, const bool* even, int n, uint16_t* copy,
+                                         Strip* to) {
+    for (int i = 0; i * 16 < n; i++) {
+      if (same<KV, bf16>::value && even[i]) {
+        to[i] = {(const uint16_t*)base + at[i * 16], token * 2};
+        continue;
+      }
+      uint16_t* rows = copy + i * 16 * N;
+      for (int j = 0; j < 16; j++) {
+        if (i * 16 + j < n) bytes_to_bf16<KV>(base, at[i * 16 + j], N, rows + j * N);
+        else __builtin_memset(rows + j * N, 0, N * 2);
+      }
+      to[i] = {rows, N * 2};
+    }
+  }
+
+  FL_OUTLINE void attend_tiles(Row* x, int count, int32_t kv_head, int32_t row, int32_t t, int n, bool masked) {
+    auto& z = w.tiles;
+    const int groups = (n + 15) / 16;
+    tile_scores<D>(z.k_at, groups, x->tiles, z.s, next);
+    const float scale = factor(a);
+    for (int i = 0; i < groups; i++) {
+      if (QUERIES == 2)
+        for (int j = 0; j < 16; j++) {
+          float* s = z.s + (i * 16 + j) * 16;
+          for (int k = 0; k < count; k++) s[k] += s[count + k];
+        }
+      scores_by_row(z.s + i * 256, count, scale, w.s + i * 16, BLOCK);
+    }
+    float shrink[TILE_ROWS];
+    for (int i = 0; i < count; i++) {
+      float* s = w.s + i * BLOCK;
+      shrink[i] = softmax(x[i], s, kv_head, row + i, t, n, masked);
+      for (int j = 0; j < groups; j++)
+        weights_to_tile(loadu(s + j * 16), z.p + j * 256 + i * 16, z.p + j * 256 + (count + i) * 16);
+    }
+    tile_values<DV>(z.v_at, groups, z.p, z.o, next);
+    for (int i = 0; i < count; i++) {
+      float* o = x[i].o;
+      for (int c = 0; c < DV; c += 32) {
+        storeu(o + c, loadu(o + c) * shrink[i] + loadu(z.o + c * 8 + i * 16));
+        storeu(o + c + 16, loadu(o + c + 16) * shrink[i] + loadu(z.o + c * 8 + (count + i) * 16));
+      }
+    }
+  }
+#endif
+
+  FL_INLINE void attend(int32_t kv_head, int32_t t, int n, bool masked) {
+    Row* x = w.rows + (kv_head - it.kv_head_lo) * rows;
+#if defined(FL_TILES)
+    if constexpr (TILED) {
+      strips<D>(a.k, w.k_in, a.k_token, k_even, n, w.tiles.k, w.tiles.k_at);
+      strips<DV>(a.v, w.v_in, a.v_token, v_even, n, w.tiles.v, w.tiles.v_at);
+      for (int i = 0; i < rows; i += TILE_ROWS)
+        attend_tiles(x + i, min_of(TILE_ROWS, rows - i), kv_head, it.row_lo + i, t, n, masked);
+      return;
+    }
+#endif
+    constexpr int MOST = VL >= 16 ? 4 : 2;  // rows in registers: those of one token come in multiples of G
+    int i = 0;
+    if constexpr (G >= MOST)
+      for (; i + MOST <= rows; i += MOST) attend_rows<MOST>(x + i, kv_head, it.row_lo + i, t, n, masked);
+    if constexpr (MOST > 2 && G % MOST != 0 && G != 1)
+      for (; i + 2 <= rows; i += 2) attend_rows<2>(x + i, kv_head, it.row_lo + i, t, n, masked);
+    if constexpr (G % 2 != 0)
+      for (; i < rows; i++) attend_rows<1>(x + i, kv_head, it.row_lo + i, t, n, masked);
+  }
+
   void run() {
+    constexpr int BYTES = sizeof(typename KV::raw);
+    const int32_t heads = it.kv_head_hi - it.kv_head_lo;
     for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++)
       for (int i = 0; i < rows; i++) load_query(w.rows[(h - it.kv_head_lo) * rows + i], h, it.row_lo + i);
+#if defined(FL_TILES)
+    if constexpr (TILED) {
+      decode_tiles_begin();
+      for (int i = 0; i < BLOCK * 16; i += VL) *(vi_u*)(w.tiles.p + i) = vi{};
+      for (int32_t h = 0; h < heads; h++)
+        for (int i = 0; i < rows; i += TILE_ROWS) tile_query(w.rows + h * rows + i, min_of(TILE_ROWS, rows - i));
+    }
+#endif
+    // a token's heads side by side are read in one go
+    const bool together = a.k_head < a.k_token && a.v_head < a.v_token;
+    int64_t k_next[BLOCK], v_next[BLOCK];
     for (int32_t t = it.kv_lo; (t = next_block<C, V>(r, p, it, t, it.kv_hi)) < it.kv_hi; t += BLOCK) {
-      int n = min_of(BLOCK, it.kv_hi - t);
+      int n = min_of(BLOCK, it.kv_hi - t), ahead = max_of(0, min_of(BLOCK, it.kv_hi - t - BLOCK));
       key_offsets(a, r, t, n, a.k_page, a.k_token, w.k_at);
       key_offsets(a, r, t, n, a.v_page, a.v_token, w.v_at);
-      int next = max_of(0, min_of(BLOCK, it.kv_hi - t - BLOCK));
-      int64_t k_next[BLOCK], v_next[BLOCK];
-      key_offsets(a, r, t + BLOCK, next, a.k_page, a.k_token, k_next);
-      key_offsets(a, r, t + BLOCK, next, a.v_page, a.v_token, v_next);
+      if constexpr (TILED) mark_even(w.k_at, a.k_token, n, k_even), mark_even(w.v_at, a.v_token, n, v_even);
+      key_offsets(a, r, t + BLOCK, ahead, a.k_page * BYTES, a.k_token * BYTES, k_next);
+      key_offsets(a, r, t + BLOCK, ahead, a.v_page * BYTES, a.v_token * BYTES, v_next);
+      int k_lines = (int)((together ? heads * a.k_head : D) * BYTES + 63) / 64;
+      int v_lines = (int)((together ? heads * a.v_head : DV) * BYTES + 63) / 64;
+      int lines = ahead * max_of(k_lines, v_lines), calls = TILED ? (n + 15) / 16 * (D + DV) / 32 : (n * rows + VL - 1) / VL;
+      if (together) calls *= heads;
+      next = {nullptr, nullptr, k_next, v_next, 0, ahead, 0, k_lines, v_lines, (lines + calls - 1) / calls};
+      next.k = (const char*)a.k + it.kv_head_lo * a.k_head * BYTES, next.v = (const char*)a.v + it.kv_head_lo * a.v_head * BYTES;
       for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++) {
+        if (!together) {
+          next.k = (const char*)a.k + h * a.k_head * BYTES, next.v = (const char*)a.v + h * a.v_head * BYTES;
+          next.row = next.line = 0;
+        }
         int keep = verdict<C, V>(r, p, h, it.row_lo, it.row_hi, t, t + n);
         if (keep == 0) continue;
-        fetch(k_next, v_next, h, next);
         load_keys(h, t, n);
         attend(h, t, n, keep == 1);
       }
@@ -261,7 +386,17 @@ template <class C, class V> struct DecodeKernel {
         End::give(a, p, r, it, h, it.row_lo + i, x.o, x.m, sum_lanes(loadu(x.l))[0]);
       }
     }
+#if defined(FL_TILES)
+    if constexpr (TILED) decode_tiles_end();
+#endif
     End::item(a, p, r, it);
+  }
+
+  static FL_INLINE void mark_even(const int64_t* at, int64_t token, int n, bool* even) {
+    for (int i = 0; i * 16 < n; i++) {
+      even[i] = i * 16 + 16 <= n;
+      for (int j = 1; even[i] && j < 16; j++) even[i] = at[i * 16 + j] == at[i * 16] + j * token;
+    }
   }
 };
 

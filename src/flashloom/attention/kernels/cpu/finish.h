@@ -10,7 +10,7 @@ template <class C, class V> struct Finish {
   static constexpr int PARTIAL = DVP + VL;  // floats of a row's partial result: o, maximum (log2), sum
 
   // o [DVP] is the weighted sum of the values; m the maximum in log2 units, l the sum of the weights.
-  static FL_INLINE void row(const Args& a, const Params& p, const Request& r, int32_t kv_head, int32_t row, float* o,
+  static FL_OUTLINE void row(const Args& a, const Params& p, const Request& r, int32_t kv_head, int32_t row, float* o,
                             float m, float l) {
     int32_t token = row / C::GROUP, q_head = kv_head * C::GROUP + row % C::GROUP;
     float lse = -__builtin_inff();
@@ -18,12 +18,13 @@ template <class C, class V> struct Finish {
     if (empty) {
       for (int d = 0; d < DVP; d += VL) storeu(o + d, vf{});
     } else {
-      if (V::softmax) {
+      if constexpr (V::softmax) {
         lse = (m + log2(l)) * LN2;
         float scale = 1.f / l;
         for (int d = 0; d < DVP; d += VL) storeu(o + d, loadu(o + d) * scale);
       }
-      if (V::has_output && !a.partial) V::transform_output(o, lse, r.at(kv_head, q_head, token), p);
+      if constexpr (V::has_output)
+        if (!a.partial) V::transform_output(o, lse, r.at(kv_head, q_head, token), p);
     }
     int64_t at = r.q_start + token;
     store_row(a, at * a.out_token + q_head * a.out_head, o, DV);
@@ -36,7 +37,7 @@ template <class C, class V> struct Finish {
   }
 
   // One row of an item is done: the result, or a piece of it.
-  static FL_INLINE void give(const Args& a, const Params& p, const Request& r, const Item& it, int32_t kv_head,
+  static FL_OUTLINE void give(const Args& a, const Params& p, const Request& r, const Item& it, int32_t kv_head,
                              int32_t at_row, float* o, float m, float l) {
     if (it.splits == 1) {
       row(a, p, r, kv_head, at_row, o, m, l);
@@ -48,7 +49,7 @@ template <class C, class V> struct Finish {
   }
 
   // Called once an item has given all its rows. Whoever comes last adds the pieces up, in their order.
-  static void item(const Args& a, const Params& p, const Request& r, const Item& it) {
+  static FL_OUTLINE void item(const Args& a, const Params& p, const Request& r, const Item& it) {
     if (it.splits == 1) return;
     int32_t* counter = a.counters + it.merge;
     if (__atomic_add_fetch(counter, 1, __ATOMIC_ACQ_REL) < it.splits) return;
@@ -75,9 +76,8 @@ template <class C, class V> struct Finish {
 };
 
 // Which keys of an item to look at: 0 none, 1 test each, 2 all, for rows [lo, hi] of one head.
-template <class C, class V> FL_INLINE int verdict(const Request& r, const typename V::Params& p, int32_t kv_head, int32_t lo,
+template <class C, class V> FL_OUTLINE int verdict_of(const Request& r, const typename V::Params& p, int32_t kv_head, int32_t lo,
                                                   int32_t hi, int32_t kv_lo, int32_t kv_hi) {
-  if (!V::has_mask) return 2;
   int32_t first = lo / C::GROUP, last = (hi - 1) / C::GROUP, head = kv_head * C::GROUP;
   bool one = first == last;  // rows of one token may be some of its heads only
   Tile t = {r.batch, kv_head, one ? head + lo % C::GROUP : head, one ? head + (hi - 1) % C::GROUP : head + C::GROUP - 1,
@@ -85,11 +85,17 @@ template <class C, class V> FL_INLINE int verdict(const Request& r, const typena
   return V::verdict(t, p);
 }
 
+template <class C, class V> FL_INLINE int verdict(const Request& r, const typename V::Params& p, int32_t kv_head, int32_t lo,
+                                                  int32_t hi, int32_t kv_lo, int32_t kv_hi) {
+  if constexpr (V::has_mask) return verdict_of<C, V>(r, p, kv_head, lo, hi, kv_lo, kv_hi);
+  return 2;
+}
+
 // Skips keys from t in large steps where no head of the item keeps any; answers the next block's start, or `end`.
 template <class C, class V> FL_INLINE int32_t next_block(const Request& r, const typename V::Params& p, const Item& it,
                                                          int32_t t, int32_t end) {
   constexpr int32_t STEP = 1024;
-  if (!V::has_mask) return t;
+  if constexpr (!V::has_mask) return t;
   while (t < end && t % STEP == 0) {
     int32_t to = min_of(t + STEP, end);
     for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++)

@@ -23,7 +23,7 @@ template <class C, class V> struct RowsKernel {
 #endif
 
   struct Sub {
-    float q[D * SUB];    // [dim][row], times sm_scale (and log2 e where nothing comes between)
+    float q[DP * SUB];   // [dim][row], times sm_scale (and log2 e where nothing comes between)
     float o[DVP * SUB];  // [dim][row]
     float m[SUB], l[SUB];
   };
@@ -55,7 +55,7 @@ template <class C, class V> struct RowsKernel {
     return x;
   }
 
-  void load_query(Sub& s, int32_t kv_head, int32_t first) {
+  FL_OUTLINE void load_query(Sub& s, int32_t kv_head, int32_t first) {
     float scale = (float)a.sm_scale * (V::softmax && !V::has_logits ? LOG2E : 1.f);
     for (int half = 0; half < 2; half++) {
       for (int i = 0; i < VL; i++) {
@@ -63,20 +63,18 @@ template <class C, class V> struct RowsKernel {
         int64_t from = (r.q_start + row / G) * a.q_token + q_head * a.q_head;
         float* to = w.row + i * DP;
         row_to_float<typename C::Q>(a.q, from, D, V::has_query ? w.transformed : to);
-        if (V::has_query) V::transform_query(w.transformed, to, r.at(kv_head, q_head, row / G), p);
+        if constexpr (V::has_query) V::transform_query(w.transformed, to, r.at(kv_head, q_head, row / G), p);
       }
+      for (int d = 0; d < VL * DP; d += VL) storeu(w.row + d, loadu(w.row + d) * scale);
       for (int d = 0; d < D; d += VL) {
-        vf x[VL];
-        for (int i = 0; i < VL; i++) x[i] = loadu(w.row + i * DP + d) * scale;
-        transpose(x);
-        for (int i = 0; i < min_of(VL, D - d); i++) storeu(s.q + (d + i) * SUB + half * VL, x[i]);
+        transpose_block(w.row + d, DP, s.q + d * SUB + half * VL, SUB);
       }
     }
     for (int d = 0; d < DVP * SUB; d += VL) storeu(s.o + d, vf{});
     for (int i = 0; i < SUB; i += VL) storeu(s.m + i, bc(-__builtin_inff())), storeu(s.l + i, vf{});
   }
 
-  void load_keys(int32_t kv_head, int32_t t, int n) {
+  FL_OUTLINE void load_keys(int32_t kv_head, int32_t t, int n) {
     key_offsets(a, r, t, n, a.k_page, a.k_token, w.k_at);
     key_offsets(a, r, t, n, a.v_page, a.v_token, w.v_at);
     if (a.k_scale) key_scales(a, r, t, n, a.k_scale, a.k_scale_page, kv_head * a.k_scale_head, w.scale);
@@ -85,7 +83,7 @@ template <class C, class V> struct RowsKernel {
       row_to_float<typename C::KV>(a.k, w.k_at[i] + kv_head * a.k_head, D, to);
       if (a.k_scale)
         for (int d = 0; d < DP; d += VL) storeu(to + d, loadu(to + d) * w.scale[i]);
-      if (V::has_key) {
+      if constexpr (V::has_key) {
         KeysAt at = r.at(kv_head, 0, 0);
         at.kv_pos = t + i;
         V::transform_key(to, w.k + i * DP, at, p);
@@ -100,7 +98,7 @@ template <class C, class V> struct RowsKernel {
     }
   }
 
-  static FL_INLINE void scores(const float* k, const float* q, float* s) {
+  static FL_OUTLINE void scores(const float* k, const float* q, float* s) {
     vf x[KEYS][2] = {};
     for (int d = 0; d < D; d++) {
       vf q0 = loadu(q + d * SUB), q1 = loadu(q + d * SUB + VL);
@@ -115,7 +113,7 @@ template <class C, class V> struct RowsKernel {
   }
 
   // o [KEYS dims][SUB rows] += sum over n keys of v[key][dims] p[key][rows]
-  static FL_INLINE void values(const float* v, const float* s, float* o, int n) {
+  static FL_OUTLINE void values(const float* v, const float* s, float* o, int n) {
     vf x[KEYS][2];
 #pragma GCC unroll 8
     for (int i = 0; i < KEYS; i++) x[i][0] = loadu(o + i * SUB), x[i][1] = loadu(o + i * SUB + VL);
@@ -132,10 +130,10 @@ template <class C, class V> struct RowsKernel {
   }
 
   // Hooks on the scores of VL rows over n keys; answers their maximum.
-  FL_INLINE vf hooks(float* s, int32_t kv_head, int32_t first, int32_t t, int n, bool masked) {
+  FL_OUTLINE vf hooks(float* s, int32_t kv_head, int32_t first, int32_t t, int n, bool masked) {
     const vf out = bc(V::softmax ? -__builtin_inff() : 0.f);
     vf best = bc(-__builtin_inff());
-    if (!V::has_logits && !masked) {
+    if (!V::has_logits && !(V::has_mask && masked)) {
       if (!V::softmax) return best;
       for (int j = 0; j < n; j++) best = fast_max(best, loadu(s + j * SUB));
       return best;
@@ -154,7 +152,7 @@ template <class C, class V> struct RowsKernel {
     return best;
   }
 
-  void sub_block(Sub& u, int32_t kv_head, int32_t first, int32_t t, int n, bool masked) {
+  FL_OUTLINE void sub_block(Sub& u, int32_t kv_head, int32_t first, int32_t t, int n, bool masked) {
     for (int j = 0; j < n; j += KEYS) scores(w.k + j * DP, u.q, w.s + j * SUB);
     for (int half = 0; half < SUB; half += VL) {
       float* s = w.s + half;
@@ -177,13 +175,10 @@ template <class C, class V> struct RowsKernel {
     for (int d = 0; d < DV; d += KEYS) values(w.v + d, w.s, u.o + d * SUB, n);
   }
 
-  void give(Sub& u, int32_t kv_head, int32_t first) {
+  FL_OUTLINE void give(Sub& u, int32_t kv_head, int32_t first) {
     for (int half = 0; half < SUB && first + half < it.row_hi; half += VL) {
       for (int d = 0; d < DVP; d += VL) {
-        vf x[VL];
-        for (int i = 0; i < VL; i++) x[i] = d + i < DVP ? loadu(u.o + (d + i) * SUB + half) : vf{};
-        transpose(x);
-        for (int i = 0; i < VL; i++) storeu(w.row + i * DVP + d, x[i]);
+        transpose_block(u.o + d * SUB + half, SUB, w.row + d, DVP);
       }
       for (int i = 0; i < min_of(VL, it.row_hi - first - half); i++)
         End::give(a, p, r, it, kv_head, first + half + i, w.row + i * DVP, u.m[half + i], u.l[half + i]);

@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #define FL_INLINE inline __attribute__((always_inline))
+#define FL_OUTLINE inline __attribute__((noinline))  // one copy: compile time is a kernel's time, too
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FL_AVX512 1
@@ -188,6 +189,16 @@ FL_INLINE void transpose(vf* x) {
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i++) x[i] = y[i];
   }
+}
+
+// A block of VL x VL floats, transposed on the way.
+FL_OUTLINE void transpose_block(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  vf x[VL];
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; i++) x[i] = loadu(from + i * from_row);
+  transpose(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; i++) storeu(to + i * to_row, x[i]);
 }
 
 // The sums of VL vectors, in the lanes of one.
