@@ -104,9 +104,10 @@ class Batch:
 
     kv: PageTable, RaggedKV, DenseKV or BlockSparseKV. Lists, or int32/int64 tensors on host or device. When the query
     lengths are on a device, `max_q_len` (an upper bound) is required, because nothing there is read, and `tokens`
-    (their sum) is needed by `slots()`. Normalised, all on `device`: q_indptr int32 [requests + 1], kv_lens int32
-    [requests], page_indptr int32 [requests + 1], pages int32 [entries], page_size int. `tokens` is None where only the
-    device knows it."""
+    (their sum) is needed by `slots()`. Device tensors in int32 are used as they are; what must be converted (int64,
+    lengths to offsets) is computed here, so a captured graph that shall follow their contents makes its batch inside
+    the capture. Normalised, all on `device`: q_indptr int32 [requests + 1], kv_lens int32 [requests], page_indptr
+    int32 [requests + 1], pages int32 [entries], page_size int. `tokens` is None where only the device knows it."""
 
     def __init__(
         self,
