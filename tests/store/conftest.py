@@ -92,6 +92,15 @@ def fork():
 
 
 @pytest.fixture
+def for_all_users(tmp_path):
+    """Let other users come as far as the test's own folder, and write temporary files in it."""
+    for path in (tmp_path, *tmp_path.parents):
+        if any(part.startswith("pytest-") for part in path.parts):
+            path.chmod(0o755)
+    (tmp_path / "tmp").chmod(0o1777)
+
+
+@pytest.fixture
 def finish():
     """Wait for a child and answer its exit status (minus the signal's number when it was killed)."""
     return lambda pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

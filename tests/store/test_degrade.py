@@ -94,11 +94,8 @@ def test_a_read_only_mount(root, builder, fork, finish, restart):
 
 
 @NEEDS_ROOT
-def test_another_users_folder_without_permission(root, builder, fork, finish, tmp_path):
+def test_another_users_folder_without_permission(root, builder, fork, finish, for_all_users):
     root.mkdir(mode=0o700)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    (tmp_path / "tmp").chmod(0o1777)
 
     def work():
         os.setgid(65534)

@@ -55,10 +55,8 @@ def test_what_a_stranger_owns_is_refused(place, folder, builder, restart):
 
 
 @NEEDS_ROOT
-def test_what_root_owns_is_used_by_others(folder, builder, fork, finish, restart, tmp_path):
+def test_what_root_owns_is_used_by_others(folder, builder, fork, finish, restart, for_all_users):
     store.get_or_build(FIELDS, builder())
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
 
     def work():
         os.setuid(65534)
@@ -105,12 +103,9 @@ def test_the_operator_can_vouch_for_a_folder(root, builder, restart):
 
 @NEEDS_ROOT
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o000])
-def test_users_with_any_umask_share_a_trusted_store(umask, root, builder, fork, finish, restart, tmp_path):
+def test_users_with_any_umask_share_a_trusted_store(umask, root, builder, fork, finish, restart, for_all_users):
     root.mkdir()
     root.chmod(0o777)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    (tmp_path / "tmp").chmod(0o1777)
     settings.configure(trusted=(root,))
 
     def use(user, fields, calls):
