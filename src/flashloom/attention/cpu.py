@@ -1,7 +1,7 @@
 """The CPU backend: one C++ kernel per variant and shape, compiled when a plan first needs it.
 
-A plan owns one `Args` (kernels/cpu/args.h, mirrored here field by field), the schedule's items, the partial results of split rows
-and each thread's scratch. run() overwrites the fields that changed and makes one call with one integer.
+A plan owns one `Args` (kernels/cpu/args.h, mirrored here field by field), the schedule's items, the partial results of
+split rows and each thread's scratch. run() overwrites the fields that changed and makes one call with one integer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
@@ -56,7 +57,8 @@ def source(spec: AttentionSpec) -> str:
         f"  static constexpr int DIM = {heads.dim}, VALUE_DIM = {heads.value_dim}, GROUP = {heads.group};\n}};\n"
     )
     variant = render(spec.program, heads.dim, heads.value_dim)
-    return f'#include "attention.h"\n\nnamespace flashloom {{\n\n{config}\n{variant}\n}}  // namespace flashloom\n\nFL_ATTENTION\n'
+    body = f"namespace flashloom {{\n\n{config}\n{variant}\n}}  // namespace flashloom\n"
+    return f'#include "attention.h"\n\n{body}\nFL_ATTENTION\n'
 
 
 def kernel(spec: AttentionSpec, target: Target) -> cpp.CppKernel:
@@ -67,8 +69,9 @@ def kernel(spec: AttentionSpec, target: Target) -> cpp.CppKernel:
 
 
 @functools.lru_cache(maxsize=4096)
-def _functions(name: str, text: str, target: Target) -> tuple[Any, Any]:
-    module = cpp.build(text, [HEADERS], target, {}, name)
+def _functions(spec: AttentionSpec, target: Target) -> tuple[Any, Any]:
+    built = kernel(spec, target)
+    module = cpp.build(built.source, [HEADERS], target, {}, built.name)
     return module.get_function("schedule"), module.get_function("run")
 
 
@@ -107,8 +110,7 @@ class CpuExecutor:
 
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Find or compile the kernel, and schedule the batch."""
-        built = kernel(self._spec, self.target)
-        self._schedule, self._run = _functions(built.name, built.source, self.target)
+        self._schedule, self._run = _functions(self._spec, self.target)
         self.update(batch)
 
     def update(self, batch: Batch) -> None:
@@ -137,7 +139,8 @@ class CpuExecutor:
         """Address, aligned to a page, of the plan's zero-initialised buffer, which grows if it has to."""
         held = self._buffers.get(name)
         if held is None or held.numel() < size + 4096:
-            held = self._buffers[name] = torch.zeros(size + 4096, dtype=torch.uint8)
+            # numpy takes zeroed pages from the system; torch.zeros would write them, with all threads
+            held = self._buffers[name] = torch.from_numpy(np.zeros(size + 4096, dtype=np.uint8))
         return (held.data_ptr() + 4095) // 4096 * 4096
 
     @property
