@@ -40,19 +40,15 @@ def examples() -> dict[str, tuple[fl.Variant, bool]]:
         "full": (fl.full, True),
         "causal": (fl.causal, True),
         "causal & sliding_window(15)": (fl.causal & fl.sliding_window(15), True),
-        "causal & softcap(5)": (fl.causal & fl.softcap(5.0), True),
+        "causal & softcap(6)": (fl.causal & fl.softcap(6.0), True),
         "causal & alibi": (fl.causal & fl.alibi(torch.tensor([0.15])), False),
         "causal & document_mask": (fl.causal & fl.document_mask(documents), True),
         "prefix_lm(24)": (fl.prefix_lm(torch.tensor([24])), True),
         "custom_mask (a tree)": (fl.custom_mask(tree), True),
-        "causal & sink": (fl.causal & fl.sink(torch.tensor([3.0])), False),
-        "sigmoid (no softmax)": (fl.sigmoid(-2.0), True),
-        "rope & causal": (fl.rope(DIM, theta=100.0) & fl.causal, True),
-        "causal & length_temperature": (fl.causal & fl.length_temperature(2), True),
     }
 
 
-def draw(panels: Mapping[str, Tensor], path: Path, *, columns: int = 4, dpi: int = 70) -> Path:
+def draw(panels: Mapping[str, Tensor], path: Path, *, columns: int = 4, one_scale: bool = False) -> Path:
     """Write a PNG with one panel per matrix: white is masked (weight 0), darker is heavier, each row scaled to its
     maximum.
 
@@ -66,12 +62,12 @@ def draw(panels: Mapping[str, Tensor], path: Path, *, columns: int = 4, dpi: int
     for axis in axes[len(panels) :]:
         axis.remove()
     for axis, (title, matrix) in zip(axes, panels.items()):
-        scaled = matrix / matrix.amax(1, keepdim=True).clamp(min=1e-30)
+        scaled = matrix / (matrix.amax() if one_scale else matrix.amax(1, keepdim=True)).clamp(min=1e-30)
         shown = torch.where(matrix > 0, 0.15 + 0.85 * scaled, torch.zeros(()))
         axis.imshow(shown.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(title, fontsize=8)
         axis.set_xticks([]), axis.set_yticks([])
     axes[0].set_xlabel("key", fontsize=8)
     axes[0].set_ylabel("query", fontsize=8)
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=70)
     return path
