@@ -7,24 +7,9 @@ from pathlib import Path
 
 
 def test_kernels_in_the_interpreter():
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1] / "src"), str(here)]),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-W",
-        "ignore",
-        str(here / "interpreted.py"),
-    ]
-    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=600, check=False)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
+    command = [sys.executable, "-m", "pytest", *options, str(root / "tests/triton/interpreted.py")]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

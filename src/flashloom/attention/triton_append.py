@@ -37,14 +37,15 @@ def append_kernel(
     from flashloom.attention.kernels.triton.append import append
 
     same = k == cache and cache.itemsize == 1  # bytes that stay as they are
-    bits = cache == torch.float8_e4m3fn and not same and int(target.name.removeprefix("sm")) < 89
-    source, to = ("*i8", "*i8") if same else (pointer(k), "*u8" if bits else pointer(cache))
+    old = not same and int(target.name.removeprefix("sm")) < 89
+    mantissa = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}.get(cache, 0) if old else 0
+    source, to = ("*i8", "*i8") if same else (pointer(k), "*u8" if mantissa else pointer(cache))
     signature = {"k": source, "v": source, "k_cache": to, "v_cache": to, "k_scale": "*fp32", "v_scale": "*fp32"}
     signature |= {"slots": "*i64", "tokens": "i32", **dict.fromkeys(STRIDES, "i64"), "page_size": "i32"}
     constants = {
         "KV_HEADS": kv_heads, "DIM": dim, "VALUE_DIM": value_dim, "BLOCK_D": 1 << (max(dim, value_dim) -
         1).bit_length(), "ROWS": ROWS, "SCALED": scaled and not same, "HIGHEST": 0.0 if same else LARGEST.get(cache,
-        0.0), "E4M3_BITS": bits, "VALUES": values,
+        0.0), "MANTISSA": mantissa, "VALUES": values,
     }  # fmt: skip
     return TritonKernel(append, signature, constants, (), target, 4, 1)
 

@@ -22,6 +22,7 @@ from flashloom.store import Entry
 __all__ = ["CudaError", "Function", "Launch", "load"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _FORMATS = {"fp32": "f4x", "i32": "i4x", "i64": "q"}
 
 
@@ -46,6 +47,15 @@ def _check(code: int, what: str) -> None:
         raise CudaError(f"{what} failed with CUDA error {code}: {text.value.decode() if text.value else 'unknown'}")
 
 
+def _use_context(index: int) -> None:
+    """Make the device's primary context, which torch uses, current in this thread."""
+    torch.cuda.init()
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_driver().cuDeviceGet(ctypes.byref(device), index), f"finding CUDA device {index}")
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), f"the context of CUDA device {index}")
+    _check(_driver().cuCtxSetCurrent(context), f"using the context of CUDA device {index}")
+
+
 class Function:
     """A kernel loaded on one device."""
 
@@ -55,8 +65,7 @@ class Function:
         if entry.metadata["global_scratch_size"] or entry.metadata["profile_scratch_size"]:
             raise CudaError(f"kernel {entry.label} wants scratch memory, which this launcher does not give")
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device)  # the primary context exists and is current from here on
-            torch.cuda.synchronize(device) if not torch.cuda.is_initialized() else None
+            _use_context(device.index)
             module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
             _check(
                 _driver().cuModuleLoadData(ctypes.byref(module), entry.files["kernel.cubin"]), f"loading {entry.label}"
@@ -130,5 +139,8 @@ class Launch:
     def _launch(self, grid: int) -> None:
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         code = self._call(grid, 1, 1, self._threads, 1, 1, self._shared, stream, self._array, None)
+        if code == _INVALID_CONTEXT:  # the first CUDA call of this thread
+            _use_context(self._device)
+            code = self._call(grid, 1, 1, self._threads, 1, 1, self._shared, stream, self._array, None)
         if code:
             _check(code, f"launching {self._function.entry.label}")

@@ -124,7 +124,7 @@ def plan(
             for other_start in range(0, requests, 32):
                 other = other_start + tl.arange(0, 32)
                 there = other < requests
-                q_len, kv_len, other_blocks, other_tiles = request_shape(
+                _q, _kv, other_blocks, other_tiles = request_shape(
                     other, there, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N
                 )
                 other_pieces, other_size = ranges(other_tiles, other_blocks, limit, fixed_tiles, merge_ratio)
