@@ -48,7 +48,8 @@ def _tanh(x):
 
 @triton.jit
 def _sin_quadrant(x, quarters: tl.constexpr):
-    # sin(x + quarters * pi/2); the reduction in float64 is exact enough to |x| = 1e9 and, unlike the library's, needs no table in memory
+    # sin(x + quarters * pi/2); the reduction in float64 is exact enough to |x| = 1e9 and, unlike the library's,
+    # needs no table in memory
     turns = tl.floor(x * 0.6366197723675814 + 0.5)
     r = (x.to(tl.float64) - turns.to(tl.float64) * 1.5707963267948966).to(tl.float32)
     square = r * r
