@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ _only: ContextVar[str | None] = ContextVar("flashloom_executor", default=None)
 _warned: set[str] = set()
 
 
+@lru_cache
 def _find(name: str) -> Any:
     module, attribute = name.split(":")
     return getattr(import_module(module), attribute)
