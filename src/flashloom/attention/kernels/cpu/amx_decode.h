@@ -8,6 +8,9 @@
 #pragma once
 #include "args.h"
 
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 #if defined(__AMX_BF16__) && defined(FL_AVX512) && defined(__AVX512VBMI__)
 #define FL_TILES 1
 #endif
@@ -16,12 +19,6 @@ namespace flashloom {
 
 #if defined(FL_TILES)
 
-struct TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // Assembly, because GCC 12's macros lack the memory clobber.
 #define FL_TILE_LOAD(t, p, stride) \
   asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"((int64_t)(stride)) : "memory")
@@ -29,12 +26,6 @@ struct TileShapes {
   asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((int64_t)(stride)) : "memory")
 #define FL_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
 #define FL_TILE_DOT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
-
-FL_INLINE void decode_tiles_begin() {
-  TileShapes shapes;
-  asm volatile("ldtilecfg %0" ::"m"(shapes) : "memory");
-}
-FL_INLINE void decode_tiles_end() { asm volatile("tilerelease" ::: "memory"); }
 
 // ---- 8 bits to bfloat16: a table of 256 entries, as bytes in registers
 

@@ -340,8 +340,9 @@ template <class C, class V> struct DecodeKernel {
     for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++)
       for (int i = 0; i < rows; i++) load_query(w.rows[(h - it.kv_head_lo) * rows + i], h, it.row_lo + i);
 #if defined(FL_TILES)
+    typename choose<TILED, TileScope, char>::type scope;
+    (void)scope;
     if constexpr (TILED) {
-      decode_tiles_begin();
       for (int i = 0; i < BLOCK * 16; i += VL) *(vi_u*)(w.tiles.p + i) = vi{};
       for (int32_t h = 0; h < heads; h++)
         for (int i = 0; i < rows; i += TILE_ROWS) tile_query(w.rows + h * rows + i, min_of(TILE_ROWS, rows - i));
@@ -386,9 +387,6 @@ template <class C, class V> struct DecodeKernel {
         End::give(a, p, r, it, h, it.row_lo + i, x.o, x.m, sum_lanes(loadu(x.l))[0]);
       }
     }
-#if defined(FL_TILES)
-    if constexpr (TILED) decode_tiles_end();
-#endif
     End::item(a, p, r, it);
   }
 
