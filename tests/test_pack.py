@@ -255,3 +255,26 @@ print(kernel.key.key, store.digest(kernel.files["kernel.so"]), store.digest(out.
     assert [rank.returncode for rank in ranks] == [0] * 4
     assert len(set(answers)) == 1
     assert answers[0]
+
+
+def test_gpu_kernels_hold_nothing_of_this_machine(fresh, tmp_path, monkeypatch):
+    """The same kernel, compiled twice with other folders for temporary files, is the same bytes, without any path."""
+    pytest.importorskip("triton", reason="GPU kernels are written in Triton")
+    import re
+    import tempfile
+
+    from flashloom.lower import triton as lower
+
+    built = []
+    for name in ("a", "b"):
+        (tmp_path / f"tmp-{name}").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / f"tmp-{name}"))
+        settings.configure(cache_dir=tmp_path / name)
+        fresh()
+        for cached in vars(lower).values():
+            getattr(cached, "cache_clear", lambda: None)()
+        kernels = fl.dispatch.kernels(attention(dtype=torch.bfloat16).spec, Target("sm90"), 1, 1, 16)
+        built.append(kernels[-1].entry().files)
+        assert store.counters().builds == 1
+    assert built[0] == built[1]
+    assert not re.search(rb"\.py|/tmp|\.debug_line", built[0]["kernel.cubin"])

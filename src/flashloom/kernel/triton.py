@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ class TritonKernel:
             "constants": {name: _constant(value) for name, value in self.constants.items()},
             "aligned": list(self.aligned),
             "target": self.target.name,
-            "options": {"num_warps": self.num_warps, "num_stages": self.num_stages},
+            "options": {"num_warps": self.num_warps, "num_stages": self.num_stages, "line_info": False},
         }
 
     def entry(self) -> store.Entry:
@@ -107,12 +108,12 @@ class TritonKernel:
         """(texts and binaries by stage, metadata), without a store and without Triton's cache folder."""
         from triton._C.libtriton import ir
         from triton.backends.compiler import GPUTarget
-        from triton.compiler.compiler import ASTSource, make_backend
+        from triton.compiler.compiler import make_backend
 
         names = list(self.function.arg_names)
         types = {name: self.signature.get(name, "constexpr") for name in names}
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
-        source = ASTSource(self.function, types, dict(self.constants), attributes)
+        source = self._source(types, attributes)
         target = GPUTarget("cuda", int(self.target.name.removeprefix("sm")), 32)
         backend = make_backend(target)
         options = backend.parse_options({"num_warps": self.num_warps, "num_stages": self.num_stages})
@@ -126,10 +127,16 @@ class TritonKernel:
         stages: dict[str, Any] = {}
         backend.add_stages(stages, options, source.language)
         results: dict[str, Any] = {}
-        for stage, step in stages.items():
-            module = step(module, metadata)
-            results[stage] = module
+        with _no_line_info:
+            for stage, step in stages.items():
+                module = step(module, metadata)
+                results[stage] = module
         return results, metadata
+
+    def _source(self, types: dict[str, Any], attributes: dict[Any, Any]) -> Any:
+        from triton.compiler.compiler import ASTSource
+
+        return ASTSource(self.function, types, dict(self.constants), attributes)
 
     def _build(self, folder: Path) -> dict[str, Any]:
         results, metadata = self.compile()
@@ -139,6 +146,33 @@ class TritonKernel:
             for key in ("name", "shared", "num_warps", "global_scratch_size", "profile_scratch_size")
         }
         return json.loads(json.dumps(kept))
+
+
+class _NoLineInfo:
+    """Line tables off as long as a kernel of ours compiles: they hold this machine's paths, so that the same kernel
+    would be other bytes elsewhere, and are most of its size."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        from triton import knobs
+
+        with self._lock:
+            if self._users == 0:
+                self._before, knobs.compilation.disable_line_info = knobs.compilation.disable_line_info, True
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        from triton import knobs
+
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                knobs.compilation.disable_line_info = self._before
+
+
+_no_line_info = _NoLineInfo()
 
 
 def _plain(kind: Any) -> Any:
