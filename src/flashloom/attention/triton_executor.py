@@ -7,6 +7,7 @@ through Triton's interpreter."""
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.asked import Form
-from flashloom.attention.kernels.triton.config import choose
+from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
 from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
 from flashloom.kernel import launch
 from flashloom.kernel.triton import TritonKernel, installed, interpreting
@@ -37,8 +38,11 @@ class TritonExecutor:
         self.spec, self.device = spec, device
         self._gpu = device.type == "cuda"
         self._kernels: dict[Form, launch.Launcher] = {}
+        # what the last launch was made for: a run that differs in addresses alone rewrites no more than those
+        self._state: tuple[Any, ...] | None = None
         self._values: tuple[Any, ...] | None = None
-        self._words: tuple[Any, ...] = ()
+        self._low = 0
+        self._last: Any = None
         self.workspace_size = 0
 
     @classmethod
@@ -70,7 +74,8 @@ class TritonExecutor:
             processors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.target = Target(f"sm{major}{minor}")
         mean = -(-batch.tokens // max(batch.requests, 1)) if batch.tokens is not None else batch.max_q_len
-        need = asked.need(spec, batch.max_q_len, mean, batch.page_size if self._paged else 0, major * 10 + minor)
+        page_size, requests = batch.page_size if self._paged else 0, self._reserve.requests or batch.requests
+        need = asked.need(spec, batch.max_q_len, mean, page_size, major * 10 + minor, requests)
         self.config = choose(need)
         self._programs = processors * self.config.resident
         self._fixed = (
@@ -93,10 +98,9 @@ class TritonExecutor:
     def _build(self) -> None:
         """All kernels that runs of this plan can meet, compiled side by side."""
         forms = self._forms(self.spec) if self._gpu else [Form(self.spec.out_dtype)]
+        asked_for = [asked.plan_kernel(self.spec, self.config, self._paged, self.target), *map(self._asked, forms)]
         with ThreadPoolExecutor(4) as pool:
-            planner = pool.submit(self._plan_launcher)
-            made = list(pool.map(self._launcher, forms))
-            self._planner = planner.result()
+            self._planner, *made = pool.map(lambda kernel: launch.launcher(kernel, self.device), asked_for)
         self._kernels = dict(zip(forms, made, strict=True))
 
     @staticmethod
@@ -111,17 +115,20 @@ class TritonExecutor:
         """What such plans need on a target; see `dispatch.kernels`."""
         if not installed() or not target.name.startswith("sm") or spec.block_sparse:
             return []
-        need = asked.need(spec, max_q_len, mean_q_len, page_size, int(target.name[2:]))
-        config = choose(need)
-        attend = [asked.attend_kernel(spec, form, config, page_size, target) for form in cls._forms(spec)]
-        return [asked.plan_kernel(spec, config, page_size > 0, target), *attend]
+        capability = int(target.name[2:])
+        found: list[TritonKernel] = []
+        seen: set[Config] = set()
+        for requests in (1, *PAIRS):  # as many as one, and enough for each step of `choose`
+            config = choose(asked.need(spec, max_q_len, mean_q_len, page_size, capability, requests))
+            if replace(config, resident=1) not in seen:
+                seen.add(replace(config, resident=1))
+                found.append(asked.plan_kernel(spec, config, page_size > 0, target))
+                found += [asked.attend_kernel(spec, form, config, page_size, target) for form in cls._forms(spec)]
+        return found
 
-    def _plan_launcher(self) -> launch.Launcher:
-        return launch.launcher(asked.plan_kernel(self.spec, self.config, self._paged, self.target), self.device)
-
-    def _launcher(self, form: Form) -> launch.Launcher:
-        kernel = asked.attend_kernel(self.spec, form, self.config, self._table_page if self._paged else 0, self.target)
-        return launch.launcher(kernel, self.device)
+    def _asked(self, form: Form) -> TritonKernel:
+        page_size = self._table_page if self._paged else 0
+        return asked.attend_kernel(self.spec, form, self.config, page_size, self.target)
 
     def _grow(self, batch: Batch) -> None:
         """Allocate buffers for the reserve, or for this batch where it leaves sizes open."""
@@ -137,6 +144,7 @@ class TritonExecutor:
         )
         self._buffers = Buffers(self._sizes, heads.kv_heads, self.config.block_m, heads.value_dim, self.device)
         self.workspace_size = self._buffers.bytes
+        self._error, self._state = self._buffers.error_words, None
         self._grid = self._sizes.items * heads.kv_heads
         place = {name: self._address(view) for name, view in self._buffers.views.items()}
         self._run_buffers = tuple(place[name] for name in ("items", "pages", "part_out", "part_lse", "arrivals"))
@@ -212,65 +220,62 @@ class TritonExecutor:
         values: tuple[Any, ...],
     ) -> None:
         """One launch; see `executor.Executor.run`."""
-        if self._buffers.error_words[0]:
+        if self._error[0]:
             self._buffers.raise_error(self._sizes)
-        if values is not self._values:
-            self._words, self._values = self._flat(values), values
         k, v, k_scale, v_scale = kv.k, kv.v, kv.k_scale, kv.v_scale
+        state = (
+            q.stride(), k.stride(), v.stride(), out.stride(), out.dtype, sm_scale, partial,
+            None if lse is None else lse.stride(), None if k_scale is None else k_scale.shape,
+            None if v_scale is None else v_scale.shape,
+        )  # fmt: skip
+        if not self._gpu:
+            tensors = tuple(self._ones if x is None else x for x in (q, k, v, out, lse, k_scale, v_scale))
+            kernel, words = self._prepared(q, kv, out, lse, sm_scale, partial, 0)
+            kernel(self._grid, (*tensors, *words, *self._flat(values)))
+            return
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        low = (places[0] | places[1] | places[2] | places[3]) & 15
+        pointers = (
+            *places, 0 if lse is None else lse.data_ptr(), self._one if k_scale is None else k_scale.data_ptr(),
+            self._one if v_scale is None else v_scale.data_ptr(),
+        )  # fmt: skip
+        if state == self._state and low == self._low and values is self._values:
+            self._last.again(self._grid, pointers)
+            return
+        kernel, words = self._prepared(q, kv, out, lse, sm_scale, partial, low)
+        kernel(self._grid, (*pointers, *words, *self._flat(values)))
+        self._state, self._low, self._values, self._last = state, low, values, kernel
+
+    def _prepared(
+        self,
+        q: torch.Tensor,
+        kv: KV,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        sm_scale: float,
+        partial: bool,
+        low: int,
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The kernel for these arguments, and its words between the seven pointers and the variant's values."""
         q0, q1, _ = q.stride()
         o0, o1, _ = out.stride()
-        k0, k1, k2, _ = k.stride()
-        v0, v1, v2, _ = v.stride()
+        k0, k1, k2, _ = kv.k.stride()
+        v0, v1, v2, _ = kv.v.stride()
         if self._ragged:
             k1, v1 = k0, v0
-        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-        size_q, size_kv, size_o = q.element_size(), k.element_size(), out.element_size()
-        odd = (
-            places[0]
-            | places[1]
-            | places[2]
-            | places[3]
-            | (q0 | q1) * size_q
-            | (k0 | k1 | k2 | v0 | v1 | v2) * size_kv
-            | (o0 | o1) * size_o
-        )
+        size_q, size_kv, size_o = q.element_size(), kv.k.element_size(), out.element_size()
+        odd = low | (q0 | q1) * size_q | (k0 | k1 | k2 | v0 | v1 | v2) * size_kv | (o0 | o1) * size_o
         aligned = odd & 15 == 0
-        if aligned:
-            n, m, o = 16 // size_q, 16 // size_kv, 16 // size_o
-            q0, q1, k0, k1, k2, v0, v1, v2, o0, o1 = (
-                q0 // n,
-                q1 // n,
-                k0 // m,
-                k1 // m,
-                k2 // m,
-                v0 // m,
-                v1 // m,
-                v2 // m,
-                o0 // o,
-                o1 // o,
-            )
-        page_scales, (kp, kh), (vp, vh) = False, (0, 0), (0, 0)
-        if k_scale is not None or v_scale is not None:
-            (kp, kh), (vp, vh) = _scale_strides(k_scale), _scale_strides(v_scale)
-            page_scales = bool(kp or vp)
-        form = Form(out.dtype, aligned, page_scales, sm_scale < 0)
+        n, m, o = (16 // size_q, 16 // size_kv, 16 // size_o) if aligned else (1, 1, 1)
+        strides = (q0 // n, q1 // n, *(x // m for x in (k0, k1, k2, v0, v1, v2)), o0 // o, o1 // o)
+        (kp, kh), (vp, vh) = _scale_strides(kv.k_scale), _scale_strides(kv.v_scale)
+        form = Form(out.dtype, aligned, bool(kp or vp), sm_scale < 0)
         kernel = self._kernels.get(form)
         if kernel is None:
-            kernel = self._kernels[form] = self._launcher(form)
-        flags, l0, l1 = 2 * partial, 0, 0
-        if lse is not None:
-            flags += 1
-            l0, l1 = lse.stride()
-        strides = (q0, q1, k0, k1, k2, v0, v1, v2, o0, o1, l0, l1, kp, kh, vp, vh)
-        if self._gpu:
-            others = (
-                0 if lse is None else lse.data_ptr(), self._one if k_scale is None else k_scale.data_ptr(),
-                self._one if v_scale is None else v_scale.data_ptr(),
-            )  # fmt: skip
-        else:
-            one = self._ones
-            places, others = (q, k, v, out), tuple(one if x is None else x for x in (lse, k_scale, v_scale))  # type: ignore[assignment]
-        kernel(self._grid, (*places, *others, *self._run_buffers, *strides, sm_scale, flags, *self._words))
+            kernel = self._kernels[form] = launch.launcher(self._asked(form), self.device)
+        lse_strides = (0, 0) if lse is None else lse.stride()
+        flags = 2 * partial + (lse is not None)
+        return kernel, (*self._run_buffers, *strides, *lse_strides, kp, kh, vp, vh, sm_scale, flags)
 
     def _flat(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The variant's values as flat words."""

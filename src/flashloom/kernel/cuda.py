@@ -10,7 +10,7 @@ import ctypes
 import functools
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,13 +111,14 @@ def load(kernel: Any, device: torch.device) -> Function:
 class Launch:
     """A function with its packed arguments. `types`: those of the run-time arguments in order, tuples flattened."""
 
-    __slots__ = ("_array", "_buffer", "_call", "_device", "_function", "_pack", "_shared", "_threads")
+    __slots__ = ("_array", "_buffer", "_call", "_device", "_function", "_heads", "_pack", "_shared", "_threads")
 
     def __init__(self, function: Function, types: Sequence[str]):
         self._function, self._device = function, function.device.index
         packer = struct.Struct("=" + "".join("q" if kind[0] == "*" else _FORMATS[kind] for kind in types) + "qq")
         self._buffer = ctypes.create_string_buffer(packer.size)
         self._pack = functools.partial(packer.pack_into, self._buffer, 0)
+        self._heads: dict[int, Callable[..., None]] = {}
         start = ctypes.addressof(self._buffer)
         self._array = (ctypes.c_void_p * (len(types) + 2))(*(start + 8 * i for i in range(len(types) + 2)))
         call = _driver().cuLaunchKernel
@@ -130,6 +131,18 @@ class Launch:
         if grid == 0:
             return
         self._pack(*words, 0, 0)  # two scratch pointers that the kernel does not use
+        self._fire(grid)
+
+    def again(self, grid: int, words: tuple[int, ...]) -> None:
+        """Launch with the arguments of the last call, but for the first ones, 8-byte integers each."""
+        head = self._heads.get(len(words))
+        if head is None:
+            head = functools.partial(struct.Struct(f"={len(words)}q").pack_into, self._buffer, 0)
+            self._heads[len(words)] = head
+        head(*words)
+        self._fire(grid)
+
+    def _fire(self, grid: int) -> None:
         if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
                 self._launch(grid)

@@ -135,6 +135,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "VEC_V": vector["v"], "VEC_OUT": vector["out"], "QK_TYPE": getattr(tl, qk), "PV_TYPE": getattr(tl, pv),
         "PRECISION": precision, "K_SCALE": 2 if form.page_scales else 1, "V_SCALE": 2 if form.page_scales else 1,
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
+        "ONE_LOOP": config.block_m == 16,
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))
     return TritonKernel(attend, signature, constants, aligned, target, config.num_warps, config.num_stages)
@@ -157,12 +158,24 @@ def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target
     return TritonKernel(plan, signature, constants, ("items", "scratch"), target, 4, 1)
 
 
-def need(spec: AttentionSpec, max_q_len: int, mean_q_len: int, page_size: int, capability: int) -> Need:
+def need(
+    spec: AttentionSpec, max_q_len: int, mean_q_len: int, page_size: int, capability: int, requests: int = 1
+) -> Need:
     """What the config is chosen by."""
-    heads, program = spec.heads, spec.program
+    heads = spec.heads
     return Need(
-        heads.group, heads.kv_heads, heads.dim, heads.value_dim, spec.q_dtype.itemsize if number_types(spec,
-        False)[0] != "float32" else 4, spec.kv_dtype.itemsize, max(max_q_len, 1) * heads.group, max(mean_q_len,
-        1) * heads.group, page_size, capability, spec.batch_invariant, heads.latent_value,
-        program.key is not None,
-    )  # fmt: skip
+        group=heads.group,
+        kv_heads=heads.kv_heads,
+        dim=heads.dim,
+        value_dim=heads.value_dim,
+        q_bytes=4 if number_types(spec, False)[0] == "float32" else spec.q_dtype.itemsize,
+        kv_bytes=spec.kv_dtype.itemsize,
+        max_rows=max(max_q_len, 1) * heads.group,
+        mean_rows=max(mean_q_len, 1) * heads.group,
+        page_size=page_size,
+        capability=capability,
+        invariant=spec.batch_invariant,
+        latent=heads.latent_value,
+        key_transform=spec.program.key is not None,
+        pairs=requests * heads.kv_heads,
+    )

@@ -231,6 +231,7 @@ def attend(
     tl.constexpr, VEC_Q: tl.constexpr, VEC_K: tl.constexpr, VEC_V: tl.constexpr, VEC_OUT: tl.constexpr,
     QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
 ):  # fmt: skip
     """One work item for one kv head. Grid: (items * KV_HEADS,).
 
@@ -321,12 +322,16 @@ def attend(
     acc1 = tl.zeros([BLOCK_M, 16 if V1 == 0 else V1], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) + float("-inf")
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc0, acc1, top, total = attend_tiles(
-        full_begin, full_end, 0, 0, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
-        v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at,
-        values, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM, VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE, BLOCK_N,
-        VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW, False,
-    )  # fmt: skip
+    if ONE_LOOP:  # few rows: masks cost little, and half the code is half the instructions to fetch
+        full_begin = last
+        full_end = last
+    else:
+        acc0, acc1, top, total = attend_tiles(
+            full_begin, full_end, 0, 0, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
+            v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at,
+            values, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM, VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE,
+            BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW, False,
+        )  # fmt: skip
     acc0, acc1, top, total = attend_tiles(  # before and after the full tiles
         first, last - (full_end - full_begin), full_begin, full_end - full_begin, acc0, acc1, top, total, q0, q1, c,
         scale, q_head, q_pos, kv_hi, k, v, k_scale, v_scale, pages, page_begin, first_page, k_page, k_token, v_page,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["Config", "Need", "candidates", "choose", "shared_limit", "split", "valid"]
+__all__ = ["PAIRS", "Config", "Need", "candidates", "choose", "shared_limit", "split", "valid"]
 
 # dynamic shared memory a block may ask for, bytes (CUDA C++ Programming Guide, compute capabilities)
 SHARED = {
@@ -23,11 +23,16 @@ SHARED = {
 }
 
 
+# requests times kv heads from which decode takes longer tiles, and from which programs share a multiprocessor
+PAIRS = (64, 256)
+
+
 @dataclass(frozen=True)
 class Need:
     """What is asked: query heads per kv head, kv heads, widths, bytes per element of queries and keys, packed rows
     (query tokens * group) of
-    the longest and of the mean request, page size (0: a request is one run of tokens), compute capability."""
+    the longest and of the mean request, page size (0: a request is one run of tokens), compute capability;
+    pairs: requests times kv heads."""
 
     group: int
     kv_heads: int
@@ -42,6 +47,7 @@ class Need:
     invariant: bool = False
     latent: bool = False
     key_transform: bool = False
+    pairs: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,14 @@ def choose(need: Need) -> Config:
         config = Config(128, 64, 8, 3, 1)
     elif rows >= 64:
         config = Config(64, 64, 4 if wide <= 128 else 8, 3, 2 if wide <= 128 else 1)
+    elif wide > 128 or rows > 16:
+        config = Config(rows, 64 if wide <= 128 else 32, 4, 3, 2)
+    elif need.kv_bytes == 1:
+        config = Config(rows, 128, 4, 3, 2)
+    elif need.pairs >= PAIRS[1]:
+        config = Config(rows, 128, 4, 2, 3)
     else:
-        config = Config(rows, 64 if wide <= 128 else 32, 4, 3, 3 if wide <= 128 else 2)
+        config = Config(rows, 128 if need.pairs >= PAIRS[0] else 64, 4, 3, 1)
     while not valid(config, need):
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
