@@ -76,7 +76,7 @@ def build(maker):
 
 def both(model, peer, call):
     """The call's results with flashloom and with the peer."""
-    model.set_attn_implementation("loom")
+    model.set_attn_implementation("flashloom")
     ours = call()
     model.set_attn_implementation(peer)
     return ours, call()
@@ -207,18 +207,22 @@ def test_unsupported_features_are_refused():
 
 def test_training_is_refused():
     model, _ = build(llama)
-    model.set_attn_implementation("loom")
+    model.set_attn_implementation("flashloom")
     with pytest.raises(RuntimeError, match="no_grad"):
         model(batch(None, (4,))[0])
 
 
 def test_the_mask_is_registered():
-    assert "loom" in transformers.AttentionMaskInterface._global_mapping
+    assert "flashloom" in transformers.AttentionMaskInterface._global_mapping
 
 
-def test_names_with_flash_are_refused():
-    with pytest.raises(ValueError, match="flash-attn package"):
-        register("flashloom")
+def test_the_name_does_not_mean_flash_attn():
+    asks = transformers.utils.generic.is_flash_attention_requested
+    assert not asks(requested_attention_implementation="flashloom")
+    assert not asks(requested_attention_implementation="paged|flashloom")
+    assert not asks(transformers.LlamaConfig(attn_implementation="flashloom"))
+    assert asks(requested_attention_implementation="flash_attention_2")
+    assert asks(requested_attention_implementation="flash_attention_3", version=3)
 
 
 HF = transformers.masking_utils

@@ -46,7 +46,7 @@ def find_weights() -> Path:
 
 @lru_cache
 def load(attention: str) -> Encoder:
-    """The encoder with flashloom's attention ("loom"), "sdpa" or "eager". Raises Absent, as find_weights does."""
+    """The encoder with flashloom's attention ("flashloom"), "sdpa" or "eager". Raises Absent, as find_weights does."""
     return Encoder(find_weights(), attention)
 
 
@@ -86,7 +86,7 @@ class Encoder:
 def speed_rows(length: int, rounds: int) -> list[Row]:
     """The whole encoder with flashloom and with SDPA: 8 sentences of `length` tokens, then of a quarter of it to all
     of it."""
-    loom, sdpa = load("loom"), load("sdpa")
+    loom, sdpa = load("flashloom"), load("sdpa")
     rows = []
     ids = torch.randint(1000, 29_000, (8, length), generator=torch.Generator().manual_seed(0))
     ends = torch.linspace(length // 4, length, 8).long()

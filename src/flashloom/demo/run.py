@@ -74,13 +74,13 @@ class Demo:
     def embeddings(self) -> Outcome:
         """Embed real sentences with flashloom and with SDPA, compare, and search."""
         try:
-            encoders = {name: minilm.load(name) for name in ("loom", "sdpa")}
+            encoders = {name: minilm.load(name) for name in ("flashloom", "sdpa")}
         except minilm.Absent as absent:
             return Outcome(True, f"Left out: {absent}")
         sentences = [s for group in TOPICS.values() for s in group]
         topics = [topic for topic, group in TOPICS.items() for _ in group]
         texts = sentences + [query for query, _ in QUERIES]
-        ours, theirs = (encoders[name].embed(texts) for name in ("loom", "sdpa"))
+        ours, theirs = (encoders[name].embed(texts) for name in ("flashloom", "sdpa"))
         difference = float((ours - theirs).abs().max())
         scores = ours[len(sentences) :] @ ours[: len(sentences)].T
         table = Table("query", "nearest of the sentences", "cosine", box=box.SIMPLE_HEAD)

@@ -2,9 +2,7 @@
 
     from flashloom.integrations.transformers import register
     register()
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="loom")
-
-The name is "loom": transformers takes every name that contains "flash" for the flash-attn package.
+    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashloom")
 
 The mask function is registered with the attention function: without it transformers passes no mask at all, and padded
 batches are silently wrong. Masks stay descriptions (transformers_masks.py), and each becomes a variant and a batch:
@@ -15,24 +13,22 @@ keys: no work, and zeros.
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import torch
 from torch import Tensor
 
 import flashloom as fl
 from flashloom.integrations.transformers_masks import Layout, Mask, dense_layout, flashloom_mask, unmasked_layout
 
-NAME = "loom"
+NAME = "flashloom"
 
 
 def register(name: str = NAME) -> None:
     """Make `name` an attention implementation of transformers. Calling it again changes nothing.
 
-    Raises ImportError when transformers is absent or older than 5, ValueError for a name that contains "flash".
+    Raises ImportError when transformers is absent or older than 5.
     """
-    if "flash" in name:
-        raise ValueError(
-            f"name={name!r}: transformers takes names with 'flash' for the flash-attn package; leave it out"
-        )
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -41,6 +37,30 @@ def register(name: str = NAME) -> None:
         )
     transformers.AttentionInterface.register(name, flashloom_attention)
     transformers.AttentionMaskInterface.register(name, flashloom_mask)
+    _claim(name)
+
+
+def _claim(name: str) -> None:
+    """Tell transformers that `name` is not the flash-attn package, for which it takes every name with "flash" in it.
+
+    One function decides that, and some sixty modules have imported it by name; so its code changes, not its places.
+    """
+    from transformers.utils import generic
+
+    test = generic.is_flash_attention_requested
+    if not hasattr(generic, "_not_flash_attn"):
+        generic._asks_for_flash_attn = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__)
+        generic._not_flash_attn = set()
+        test.__code__ = _is_flash_attention_requested.__code__
+    generic._not_flash_attn.add(name)
+
+
+def _is_flash_attention_requested(config=None, requested_attention_implementation=None, version=None):
+    # runs as transformers' own function, with the names of its module
+    name = requested_attention_implementation if config is None else config._attn_implementation
+    if isinstance(name, str) and name.removeprefix("paged|") in _not_flash_attn:  # type: ignore[name-defined] # noqa: F821
+        return False
+    return _asks_for_flash_attn(config, requested_attention_implementation, version)  # type: ignore[name-defined] # noqa: F821
 
 
 @torch.compiler.disable  # plans are Python objects: a compiled model breaks its graph here
