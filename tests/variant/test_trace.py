@@ -107,7 +107,7 @@ REFUSED = {
     "range": (lambda s, x, at: x + sum(range(at.kv_pos)), "Python number"),
     "no return": (lambda s, x, at: None, "returns None"),
     "bool": (lambda s, x, at: x > 0, "logits_mask"),
-    "numpy": (lambda s, x, at: __import__("numpy").exp(x), ""),
+    "numpy": (lambda s, x, at: __import__("numpy").exp(x), "ufunc"),
     "missing": (lambda s, x, at: x + at.dim, "does not exist in logits_transform"),
     "assign": (lambda s, x, at: setattr(at, "kv_pos", 3), "bind the new value"),
     "bool minus bool": (lambda s, x, at: x + ((at.kv_pos > 1) - (at.kv_pos > 2)), "not defined in torch"),
