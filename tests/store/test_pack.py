@@ -204,7 +204,7 @@ def test_a_hundred_kernels_are_read_in_time(entries, restart, tmp_path, builder)
             store.get_or_build(fields_of(number), builder(), toolchain=no_compiler)
         return time.perf_counter() - start
 
-    assert min(read() for _ in range(5)) < 0.1
+    assert min(read() for _ in range(5)) < 1.0  # about 0.03 s on an idle machine
     assert store.counters().hits == 100
 
 
