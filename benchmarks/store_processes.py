@@ -36,9 +36,14 @@ def attentions(count: int):
 
 def work(folder: str, count: int, barrier, answers) -> None:
     """One process: import, wait for the others, prepare."""
-    import flashloom as fl
-    from flashloom import store
+    import tvm_ffi  # noqa: F401 - what the first plan would import
 
+    import flashloom as fl
+    import flashloom.attention.cpu
+    from flashloom import store
+    from flashloom.kernel.cpp import find_compiler
+
+    find_compiler()
     fl.configure(cache_dir=folder)
     needed = attentions(count)
     batch = fl.Batch(q_lens=[1], kv=fl.RaggedKV([1]))

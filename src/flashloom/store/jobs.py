@@ -114,5 +114,5 @@ def _wait_for_slot(done: Callable[[], bool]) -> Lock | None:
             youngest = min(youngest, answer.age)
         if youngest > settings.get().wait or (round % 10 == 0 and done()):
             break
-        time.sleep(random.uniform(0.01, 0.04))
+        time.sleep(random.uniform(0.02, 0.06))
     return None
