@@ -78,6 +78,7 @@ FL_INLINE void tiles_store(char* done) {
 }
 
 typedef uint16_t vw __attribute__((vector_size(64)));  // 32 words of 16 bits
+typedef uint16_t vw_u __attribute__((vector_size(64), aligned(1), may_alias));
 
 FL_INLINE vf tile_scale(vf x, vf n) {  // x 2^floor(n)
   vf r;
@@ -110,7 +111,7 @@ FL_INLINE vw pair_bf16(vf a, vf b) {
 }
 
 // In place: the transpose of a 16 x 16 matrix of dwords, one vector per row.
-FL_INLINE void transpose16(vi* r) {
+FL_OUTLINE void transpose16(vi* r) {
   vi t[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; i++) {

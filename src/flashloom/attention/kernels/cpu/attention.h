@@ -4,14 +4,25 @@
 #include <tvm/ffi/c_api.h>
 
 #include "decode.h"
+#if defined(__AMX_BF16__)
+#include "amx_prefill.h"
+#endif
 #include "rows.h"
 #include "schedule.h"
 #include "threads.h"
 
 namespace flashloom {
 
+// Which kernel takes many rows: AMX where the target has it and both sides are at most 16 bits wide, vectors otherwise.
+#if defined(__AMX_BF16__)
+template <class C, class V>
+using ManyRows = typename choose<AmxKernel<C, V>::SERVES, AmxKernel<C, V>, RowsKernel<C, V>>::type;
+#else
+template <class C, class V> using ManyRows = RowsKernel<C, V>;
+#endif
+
 template <class C, class V> struct Kernels {
-  typedef RowsKernel<C, V> Rows;
+  typedef ManyRows<C, V> Rows;
   typedef DecodeKernel<C, V> Decode;
   static constexpr int DECODE_ROWS = VL >= 16 ? 12 : VL;
 

@@ -345,7 +345,7 @@ FL_INLINE vf fast_exp2(vf x) {
 
 FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-template <class T> FL_INLINE T min_of(T a, T b) { return a < b ? a : b; }
-template <class T> FL_INLINE T max_of(T a, T b) { return a > b ? a : b; }
+template <class T> FL_INLINE constexpr T min_of(T a, T b) { return a < b ? a : b; }
+template <class T> FL_INLINE constexpr T max_of(T a, T b) { return a > b ? a : b; }
 
 }  // namespace flashloom

@@ -1,0 +1,395 @@
+// Many rows of bfloat16 queries on AMX: a flash attention whose matrix unit and vector unit work at the same time.
+//
+// Everything is transposed, S^T = K Q^T and O^T = V^T P^T, so that lanes are rows and the softmax has no horizontal
+// operations. 32 rows pass over steps of 32 keys. While the vectors turn the scores of one step into weights, the matrix unit
+// makes the scores of the next step and adds the weights of the four steps before to the output: one 2 x 2 block of tile
+// products (64 cycles) per few vectors of weights, near enough in the instruction stream for the processor to overlap them.
+// Keys and values are packed into tiles block by block (L2); scores and weights stay in L1.
+//
+// There is no running maximum. The reference point of a row is set by its first step, exp2 has room for 2^60 above it, and a
+// step whose sum exceeds that is done again with a new one. Reference points are integers (in log2): rescaling what has been
+// summed is exact. Steps go from the last key to the first, where causal rows and position biases have their largest logits.
+#pragma once
+#include "amx_pack.h"
+#include "finish.h"
+
+namespace flashloom {
+
+template <class C, class V> struct AmxKernel {
+  typedef typename V::Params Params;
+  typedef Finish<C, V> End;
+  typedef Packer<C, V> Pack;
+  static constexpr bool SERVES = same<typename C::Q, bf16>::value && !same<typename C::KV, f32>::value;
+  static constexpr int G = C::GROUP, VALUE_DIM = C::VALUE_DIM, DK = Pack::DK, DV = Pack::DV;
+  static constexpr int ROWS = 32, SUB = ROWS;  // rows of a tile, which items are multiples of
+  static constexpr int STEPS = 4;              // steps whose weights are added to the output together
+  static constexpr int K_STEP = DK * 2 * TILE, V_STEP = DV * 2 * TILE, Q_TILE = DK * 2 * TILE, O_TILE = DV * 4 * TILE;  // bytes
+  // Keys packed at a time (half a megabyte, a quarter of L2) and rows that share them.
+  static constexpr int BLOCK_STEPS = max_of(STEPS, min_of(32, (512 << 10) / (K_STEP + V_STEP) / STEPS * STEPS));
+  static constexpr int BLOCK = BLOCK_STEPS * STEP;
+  static constexpr int MAX_ROWS = max_of(4, (1536 << 10) / (Q_TILE + O_TILE) / 4 * 4) * ROWS;
+  static constexpr float UNSET = -3e38f, LIMIT = 0x1p60f;
+
+  struct Sums {  // of the 32 rows of a tile
+    vf m[2], l[2];
+    int64_t begun;  // the output holds something
+  };
+  struct Scratch {
+    char s[2][4 * TILE];                // scores of this step and the next: [32 rows / 16][32 keys][16] float
+    char p[2][STEPS * 2 * TILE];        // weights of these steps and the ones before: [step][32 rows / 16][16 key pairs][16][2]
+    char nowhere[4 * TILE];             // for accumulators of no meaning
+    char k[BLOCK_STEPS * K_STEP], v[BLOCK_STEPS * V_STEP];
+    float scale[BLOCK];                 // of each key's scores, where keys are not bfloat16
+    char q[MAX_ROWS / ROWS * Q_TILE], o[MAX_ROWS / ROWS * O_TILE];
+    alignas(64) Sums sums[MAX_ROWS / ROWS];
+    alignas(64) float rows[16][DV * 32];
+    typename Pack::Scratch pack;
+  };
+  struct List {  // steps of the block that a row tile needs
+    int n;
+    uint8_t step[BLOCK_STEPS], masked[BLOCK_STEPS];
+  };
+  struct Pending {  // weights that are still to be added to an output
+    int steps;
+    bool first;  // the output is new
+    int tile;    // to be given out after that, or -1
+    const char *p, *v[STEPS];
+    char* o;
+  };
+  template <class L, class M> struct Bound { L logits[2]; M mask[2]; };
+  template <class L, class M> static FL_INLINE Bound<L, M> bind(L l0, L l1, M m0, M m1) { return {{l0, l1}, {m0, m1}}; }
+
+  const Args& a;
+  const Params& p;
+  Scratch& w;
+  const Item& it;
+  Request r;
+  int32_t kv_head = 0, kv0 = 0, tiles;
+  float scale = 0, v_scale = 0;  // of scores (to log2 units where nothing comes between), of outputs
+  bool single = false, first_block = false, last_block = false;
+  Pending pending = {};
+  char* done = nullptr;  // where the accumulators belong
+  int s_at = 0, p_at = 0;
+
+  AmxKernel(const Args& a, const Params& p, char* scratch, const Item& it)
+      : a(a), p(p), w(*(Scratch*)scratch), it(it), r(a, it.request), tiles((it.row_hi - it.row_lo + ROWS - 1) / ROWS) {}
+
+  // With one block of keys a tile is done before the next but one begins, so two suffice and stay in L1.
+  FL_INLINE char* q_of(int tile) { return w.q + (int64_t)(single ? tile & 1 : tile) * Q_TILE; }
+  FL_INLINE char* o_of(int tile) { return w.o + (int64_t)(single ? tile & 1 : tile) * O_TILE; }
+  FL_INLINE int32_t row_of(int tile) const { return it.row_lo + tile * ROWS; }
+  FL_INLINE int keep(int32_t lo, int32_t hi, int32_t from, int32_t to) const {
+    return verdict<C, V>(r, p, kv_head, lo, hi, from, min_of(to, it.kv_hi));
+  }
+
+  FL_OUTLINE RowsAt at(int32_t first) const {
+    RowsAt x = {r.batch, kv_head, r.q_len, r.kv_len, r.q_start, r.kv_start, vi{}, vi{}};
+    for (int i = 0; i < VL; i++) {
+      int32_t row = min_of(first + i, it.row_hi - 1);
+      x.q_head[i] = kv_head * G + row % G;
+      x.q_pos[i] = r.kv_len - r.q_len + row / G;
+    }
+    return x;
+  }
+
+  FL_OUTLINE void list_steps(int tile, int steps, List& list) const {
+    list.n = 0;
+    int32_t lo = row_of(tile), hi = min_of(lo + ROWS, it.row_hi);
+    int whole = keep(lo, hi, kv0, kv0 + steps * STEP);
+    if (whole == 0) return;
+    for (int j = (steps - 1) / STEPS * STEPS; j >= 0; j -= STEPS) {
+      int end = min_of(j + STEPS, steps);
+      int part = whole == 2 ? 2 : keep(lo, hi, kv0 + j * STEP, kv0 + end * STEP);
+      for (int i = end - 1; part && i >= j; i--) {
+        int one = part == 2 ? 2 : keep(lo, hi, kv0 + i * STEP, kv0 + (i + 1) * STEP);
+        if (one == 0) continue;
+        list.step[list.n] = i;
+        list.masked[list.n++] = one == 1 || kv0 + (i + 1) * STEP > it.kv_hi;
+      }
+    }
+  }
+
+  // A product becomes the exponent of a weight, in log2 units (softmax), or the weight.
+  template <bool MASKED, class B> FL_INLINE vf logit(const B& bound, int half, vf s, int32_t kv_pos) const {
+    s *= Pack::BF16 ? scale : w.scale[kv_pos - kv0];
+    if constexpr (V::has_logits) {
+      s = bound.logits[half](s, kv_pos);
+      if constexpr (V::softmax) s *= LOG2E;
+    }
+    if constexpr (MASKED) {
+      const vf none = bc(V::softmax ? -__builtin_inff() : 0.f);
+      if constexpr (V::has_mask) s = where(bound.mask[half](kv_pos), s, none);
+      if (kv_pos >= it.kv_hi) s = none;
+    }
+    return s;
+  }
+
+  // Units [u, end) of a step become weights, two at a time. A unit is two keys of 16 rows: keys 2 (u % 16) and the next.
+  template <bool MASKED, class B>
+  FL_INLINE void weigh(const B& bound, Sums& sums, const char* s, char* to, int32_t kv, int u, int end) const {
+    for (; u < end; u += 2) {
+      const int half = u >> 4;
+      const int32_t key = kv + (u & 15) * 2;
+      vf x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        x[i] = logit<MASKED>(bound, half, loadu((const float*)(s + u * 128 + i * 64)), key + i);
+        if constexpr (V::softmax) x[i] = tile_exp2(x[i] - sums.m[half]);
+      }
+      if constexpr (V::softmax) sums.l[half] += (x[0] + x[1]) + (x[2] + x[3]);
+      *(vw*)(to + u * 64) = pair_bf16(x[0], x[1]);
+      *(vw*)(to + u * 64 + 64) = pair_bf16(x[2], x[3]);
+    }
+  }
+
+  // New reference points from the scores of a step. Sums, the output if it has begun, and `steps` steps of weights at each of
+  // `p0` and `p1` are brought to them.
+  template <class B>
+  FL_OUTLINE void raise(const B& bound, Sums& sums, int32_t kv, char* o, char* p0, int steps0, char* p1, int steps1) const {
+    const char* s = w.s[s_at];
+    for (int half = 0; half < 2; half++) {
+      vf top = bc(-__builtin_inff()), old = sums.m[half];
+      for (int i = 0; i < STEP; i++)
+        top = fast_max(logit<true>(bound, half, loadu((const float*)(s + half * 2 * TILE + i * 64)), kv + i), top);
+      top = round_even(top + 0.5f);
+      sums.m[half] = top > old ? top : old;
+      const vf shrink = tile_scale(bc(1.f), old - sums.m[half]);
+      sums.l[half] *= shrink;
+      for (int i = 0; sums.begun && i < DV * 32; i++) {
+        float* x = (float*)(o + (i >> 5) * 4 * TILE + half * 2 * TILE + (i & 31) * 64);
+        storeu(x, loadu(x) * shrink);
+      }
+      for (int j = 0; j < steps0 + steps1; j++) {
+        char* x = (j < steps0 ? p0 + j * 2 * TILE : p1 + (j - steps0) * 2 * TILE) + half * TILE;
+        for (int i = 0; i < 16; i++, x += 64)
+          *(vw*)x = pair_bf16((vf)(*(vu*)x << 16) * shrink, (vf)(*(vu*)x & 0xffff0000u) * shrink);
+      }
+    }
+  }
+
+  // The matrix work that accompanies a step: blocks of products, in order.
+  struct Product {
+    const char *a, *b;
+    char *done, *acc;  // where the accumulators go first (or null), and what they continue (or null: zero)
+  };
+  static FL_INLINE void multiply(const Product& x) {
+    if (!x.done) tiles_multiply(x.a, x.b);
+    else if (x.acc) tiles_multiply_onto(x.a, x.b, x.done, x.acc);
+    else tiles_multiply_new(x.a, x.b, x.done);
+  }
+  // Scores of one step.
+  FL_INLINE Product* list_scores(Product* x, const char* k, const char* q, char* to) {
+    for (int d = 0; d < DK; d++) *x++ = {k + d * 2 * TILE, q + d * 2 * TILE, d == 0 ? done : nullptr, nullptr};
+    done = to;
+    return x;
+  }
+  // The pending weights times dims [d0, d1) of their values, in 32s.
+  FL_INLINE Product* list_values(Product* x, int d0, int d1) {
+    for (int d = d0; d < d1; d++) {
+      char* o = pending.o + d * 4 * TILE;
+      for (int k = 0; k < pending.steps; k++)
+        *x++ = {pending.v[k] + d * 2 * TILE, pending.p + k * 2 * TILE, k == 0 ? done : nullptr, pending.first ? nullptr : o};
+      done = o;
+    }
+    return x;
+  }
+
+  // The weights of one step, amid n products.
+  template <bool MASKED, class B>
+  FL_INLINE void step(const B& bound, Sums& sums, char* to, int32_t kv, const Product* x, int n) {
+    const int units = round_up((STEP + n) / (n + 1), 2);
+    for (int i = 0, u = 0; u < STEP || i < n; i++, u += units) {
+      if (i < n) multiply(x[i]);
+      weigh<MASKED>(bound, sums, w.s[s_at], to, kv, u, min_of(u + units, STEP));
+    }
+  }
+  FL_INLINE void flush() {
+    tiles_store(done);
+    done = w.nowhere;
+  }
+
+  // All steps of a row tile in this block. Its first scores are there already; it leaves those of the next tile.
+  FL_OUTLINE void attend(int tile, const List& list, int next_tile, const List& next) {
+    const RowsAt at0 = at(row_of(tile)), at1 = at(row_of(tile) + 16);
+    const auto bound = bind(V::bind_logits(at0, p), V::bind_logits(at1, p), V::bind_mask(at0, p), V::bind_mask(at1, p));
+    Sums& sums = w.sums[tile];
+    char* o = o_of(tile);
+    for (int from = 0; from < list.n; from += STEPS) {
+      const int size = min_of(STEPS, list.n - from);
+      char* weights = w.p[p_at];
+      for (int j = 0; j < size; j++) {
+        const int i = from + j;
+        const int32_t kv = kv0 + list.step[i] * STEP;
+        Product x[DK + DV * STEPS], *end = x;
+        if (i + 1 < list.n) end = list_scores(x, w.k + list.step[i + 1] * K_STEP, q_of(tile), w.s[s_at ^ 1]);
+        else if (next.n) end = list_scores(x, w.k + next.step[0] * K_STEP, q_of(next_tile), w.s[s_at ^ 1]);
+        if (pending.steps) end = list_values(end, j * DV / size, (j + 1) * DV / size);
+        int products = (int)(end - x);
+        if (V::softmax && i == 0 && !sums.begun) raise(bound, sums, kv, o, nullptr, 0, nullptr, 0);
+        const vf l0 = sums.l[0], l1 = sums.l[1];
+        char* to = weights + j * 2 * TILE;
+        for (;; products = 0) {
+          if (list.masked[i]) step<true>(bound, sums, to, kv, x, products);
+          else step<false>(bound, sums, to, kv, x, products);
+          if (done == w.s[s_at ^ 1]) flush();
+          if (!V::softmax || !any((sums.l[0] > LIMIT) | (sums.l[1] > LIMIT))) break;
+          flush();
+          sums.l[0] = l0, sums.l[1] = l1;
+          raise(bound, sums, kv, o, weights, j, (char*)pending.p, pending.o == o ? pending.steps : 0);
+        }
+        s_at ^= 1;
+      }
+      settle();
+      pending = {size, !sums.begun, -1, weights, {}, o};
+      for (int j = 0; j < size; j++) pending.v[j] = w.v + list.step[from + j] * V_STEP;
+      sums.begun = 1;
+      p_at ^= 1;
+    }
+    if (last_block) pending.tile = tile;
+  }
+
+  void settle() {  // what was pending has been multiplied
+    if (pending.tile >= 0) {
+      flush();
+      give(pending.tile);
+    }
+    pending.steps = 0, pending.tile = -1, pending.o = nullptr;
+  }
+  FL_OUTLINE void drain() {
+    Product x[DV * STEPS], *end = pending.steps ? list_values(x, 0, DV) : x;
+    for (const Product* y = x; y < end; y++) multiply(*y);
+    flush();
+    settle();
+  }
+
+  FL_OUTLINE void block(int steps) {
+    List lists[2];
+    bool primed = false;  // the scores of the tile's first step are there
+    done = w.nowhere;
+    prepare(0, steps, lists[0]);
+    for (int tile = 0; tile < tiles; tile++) {
+      const List& list = lists[tile & 1];
+      List& next = lists[(tile & 1) ^ 1];
+      next.n = 0;
+      if (tile + 1 < tiles) prepare(tile + 1, steps, next);
+      if (list.n) {
+        if (!primed) {
+          Product x[DK], *end = list_scores(x, w.k + list.step[0] * K_STEP, q_of(tile), w.s[s_at]);
+          for (const Product* y = x; y < end; y++) multiply(*y);
+          flush();
+        }
+        attend(tile, list, tile + 1, next);
+        primed = next.n > 0;
+      } else {
+        drain();
+        if (last_block) give(tile);
+        primed = false;
+      }
+    }
+    drain();
+  }
+  FL_INLINE void prepare(int tile, int steps, List& list) {
+    if (first_block) {
+      w.sums[tile] = {{bc(UNSET), bc(UNSET)}, {vf{}, vf{}}, 0};
+      packer().queries(row_of(tile), it.row_hi, q_of(tile));
+    }
+    list_steps(tile, steps, list);
+  }
+  FL_INLINE Pack packer() {
+    return {a, p, r, kv_head, w.pack, a.k_scale && (V::has_key || (Pack::BF16 && a.k_scale_page)), a.v_scale && a.v_scale_page};
+  }
+
+  FL_OUTLINE void key_scale(int step) {
+    float* to = w.scale + step * STEP;
+    const int32_t t = kv0 + step * STEP;
+    const bool own = a.k_scale && !V::has_key;
+    if (own) key_scales(a, r, t, min_of(STEP, it.kv_hi - t), a.k_scale, a.k_scale_page, kv_head * a.k_scale_head, to);
+    for (int i = 0; i < STEP; i++) to[i] = own && t + i < it.kv_hi ? to[i] * scale : scale;
+  }
+
+  // A row tile is done.
+  FL_OUTLINE void give(int tile) {
+    char* o = o_of(tile);
+    const Sums& sums = w.sums[tile];
+    if (!sums.begun) __builtin_memset(o, 0, O_TILE);
+    const bool plain = !V::has_output && VALUE_DIM % 32 == 0 && it.splits == 1 && a.out_type == 2 && r.kv_len > 0;
+    for (int half = 0; half < 2; half++) {
+      const int32_t first = row_of(tile) + half * 16, count = min_of(16, it.row_hi - first);
+      const vf l = sums.l[half], m = l == 0.f ? bc(-__builtin_inff()) : sums.m[half];
+      uint16_t* to[16];
+      float lse[16];
+      vf factor = bc(v_scale);
+      if (V::softmax && plain) {
+        factor = l == 0.f ? vf{} : factor / l;
+        storeu(lse, (m + log2(l)) * LN2);
+      }
+      for (int i = 0, token = first / G, head = first % G; i < count; i++) {
+        const int64_t row = r.q_start + token, q_head = kv_head * G + head;
+        to[i] = (uint16_t*)a.out + row * a.out_token + q_head * a.out_head;
+        if (V::softmax && plain && a.lse) a.lse[row * a.lse_token + q_head * a.lse_head] = lse[i];
+        if (++head == G) head = 0, token++;
+      }
+      for (int d = 0; d < DV; d++) {
+        vi x[2][16];
+        for (int e = 0; e < 2; e++) {
+          const char* from = o + d * 4 * TILE + half * 2 * TILE + e * TILE;
+          for (int i = 0; i < 16; i++) x[e][i] = (vi)(loadu((const float*)(from + i * 64)) * factor);
+          transpose16(x[e]);
+        }
+        if (plain) {
+          for (int i = 0; i < 16; i++)
+            if (i < count) *(vw_u*)(to[i] + d * 32) = join_bf16((vf)x[0][i], (vf)x[1][i]);
+        } else {
+          for (int i = 0; i < 16; i++) storeu(w.rows[i] + d * 32, (vf)x[0][i]), storeu(w.rows[i] + d * 32 + 16, (vf)x[1][i]);
+        }
+      }
+      for (int i = 0; !plain && i < count; i++) End::give(a, p, r, it, kv_head, first + i, w.rows[i], m[i], l[i]);
+    }
+  }
+
+  FL_OUTLINE void head() {
+    // A head's one scale goes with the scores and the output; that of a page with each key's scores, or into the packed rows.
+    scale = (float)a.sm_scale * (V::softmax && !V::has_logits ? LOG2E : 1.f);
+    if (Pack::BF16 && a.k_scale && !V::has_key && !a.k_scale_page) scale *= a.k_scale[kv_head * a.k_scale_head];
+    v_scale = a.v_scale && !a.v_scale_page ? a.v_scale[kv_head * a.v_scale_head] : 1.f;
+    pending = {0, false, -1, nullptr, {}, nullptr};
+    int32_t first = -1, last = -1;  // blocks that are needed, from the end
+    for (int32_t kv = it.kv_lo; kv < it.kv_hi; kv += BLOCK) {
+      if (!keep(it.row_lo, it.row_hi, kv, kv + BLOCK)) continue;
+      if (last < 0) last = kv;
+      first = kv;
+    }
+    single = first == last;
+    if (first < 0) {
+      for (int tile = 0; tile < tiles; tile++) {
+        w.sums[tile] = {};
+        give(tile);
+      }
+      return;
+    }
+    Pack pack = packer();
+    for (kv0 = first; kv0 >= last; kv0 -= BLOCK) {
+      if (!keep(it.row_lo, it.row_hi, kv0, kv0 + BLOCK)) continue;
+      first_block = kv0 == first, last_block = kv0 == last;
+      const int steps = (min_of(BLOCK, it.kv_hi - kv0) + STEP - 1) / STEP;
+      for (int j = 0; j < steps; j += STEPS) {
+        const int end = min_of(j + STEPS, steps);
+        for (int i = keep(it.row_lo, it.row_hi, kv0 + j * STEP, kv0 + end * STEP) ? j : end; i < end; i++) {
+          pack.keys(kv0 + i * STEP, it.kv_hi, w.k + i * K_STEP);
+          pack.values(kv0 + i * STEP, it.kv_hi, w.v + i * V_STEP);
+          if (!Pack::BF16) key_scale(i);
+        }
+      }
+      block(steps);
+    }
+  }
+
+  void run() {
+    TileScope scope;
+    __builtin_memset(w.pack.zero, 0, sizeof w.pack.zero);
+    for (kv_head = it.kv_head_lo; kv_head < it.kv_head_hi; kv_head++) head();
+    End::item(a, p, r, it);
+  }
+};
+
+}  // namespace flashloom
