@@ -14,7 +14,7 @@ template <class C, class V> struct Finish {
                             float m, float l) {
     int32_t token = row / C::GROUP, q_head = kv_head * C::GROUP + row % C::GROUP;
     float lse = -__builtin_inff();
-    bool empty = r.kv_len == 0 || (V::softmax && m == -__builtin_inff());
+    bool empty = r.kv_len == 0 || (V::softmax && l == 0.f);  // not by m, which a NaN leaves at -inf
     if (empty) {
       for (int d = 0; d < DVP; d += VL) storeu(o + d, vf{});
     } else {
@@ -62,7 +62,7 @@ template <class C, class V> struct Finish {
           const float* x = partial(a, it, s, h, i);
           float mine = 1.f, other = 1.f;
           if (V::softmax) {
-            if (x[DVP] == -__builtin_inff()) continue;
+            if (x[DVP + 1] == 0.f) continue;
             float top = x[DVP] > m ? x[DVP] : m;
             mine = fast_exp2(bc(m - top))[0], other = fast_exp2(bc(x[DVP] - top))[0];
             m = top, l = l * mine + x[DVP + 1] * other;
