@@ -278,6 +278,8 @@ def attend(
     scale = 1.0
     if K_SCALE == 1:
         scale = tl.load(k_scale + kv_head * k_scale_head)
+    if V_SCALE == 1:
+        v_factor = tl.load(v_scale + kv_head * v_scale_head)  # used at the end: no wait there
     k_scale += kv_head * k_scale_head
     v_scale += kv_head * v_scale_head
     k += (kv_head * k_head) * VEC_K
@@ -319,7 +321,7 @@ def attend(
             )  # fmt: skip
 
     acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, 16 if V1 == 0 else V1], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, 32 if V1 == 0 else V1], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) + float("-inf")
     total = tl.zeros([BLOCK_M], tl.float32)
     if ONE_LOOP:  # few rows: masks cost little, and half the code is half the instructions to fetch
@@ -348,7 +350,6 @@ def attend(
             acc1 = acc1 / whole[:, None]
         state = tl.where(total == 0.0, float("-inf"), (top * c if RAW else top * LOG2E) + tl.log2(whole))
     if V_SCALE == 1:
-        v_factor = tl.load(v_scale)
         acc0 = acc0 * v_factor
         if V1 > 0:
             acc1 = acc1 * v_factor

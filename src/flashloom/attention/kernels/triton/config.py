@@ -23,8 +23,10 @@ SHARED = {
 }
 
 
-# requests times kv heads from which decode takes longer tiles, and from which programs share a multiprocessor
-PAIRS = (64, 256)
+# requests times kv heads from which latent attention takes blocks of 64 rows, decode takes longer tiles, and its
+# programs
+# share a multiprocessor
+PAIRS = (5, 64, 256)
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,19 @@ class Config:
         )
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n and 16 (the least width of a matrix instruction)."""
-    return max(16, 1 << (n - 1).bit_length())
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and `least` (16: the least width of a matrix instruction)."""
+    return max(least, 1 << (n - 1).bit_length())
 
 
 def split(dim: int) -> tuple[int, int]:
-    """A width as one or two powers of two that cover it with the least waste: 128 -> (128, 0), 576 -> (512, 64), 80 ->
-    (64, 16)."""
-    whole = power_of_two(dim)
+    """A width as one or two powers of two that cover it with the least waste: 128 -> (128, 0), 576 -> (512, 64),
+    80 -> (64, 32). None is below 32: Triton 3.6 reads outside of shared memory for 16 columns on Hopper."""
+    whole = power_of_two(dim, 32)
     first = whole // 2
-    if first < 16 or dim <= first:
+    if first < 32 or dim <= first:
         return whole, 0
-    rest = power_of_two(dim - first)
+    rest = power_of_two(dim - first, 32)
     return (first, rest) if first + rest < whole else (whole, 0)
 
 
@@ -91,7 +93,9 @@ def shared_limit(capability: int) -> int:
 def shared_bytes(config: Config, need: Need) -> int:
     """An upper estimate of the shared memory a config takes."""
     width, values = sum(split(need.dim)), 0 if need.latent else sum(split(need.value_dim))
-    tiles = config.block_n * (width + values) * need.kv_bytes * max(config.num_stages - 1, 1)
+    tiles = config.block_n * (width + values) * need.kv_bytes * (config.num_stages - 1)
+    if config.num_stages == 1:  # one operand at a time
+        tiles = config.block_n * max(width, values) * need.kv_bytes
     if (
         need.kv_bytes != need.q_bytes or need.key_transform or config.block_m >= 64
     ):  # operands that pass through shared memory once more
@@ -144,8 +148,10 @@ def choose(need: Need) -> Config:
         config = Config(
             16 if rows == 16 else 32, 32 if wide <= 256 else 16, 4 if rows == 16 and wide <= 128 else 8, 2, 1
         )
+    elif wide > 256 and rows >= 64 and (need.pairs >= PAIRS[0] or need.invariant):
+        config = Config(64, 64, 8, 2, 1)
     elif wide > 256:
-        config = Config(min(rows, 32), 32, 4, 2, 1)
+        config = Config(16, 64 if need.latent else 32, 4, 2, 1)
     elif need.key_transform:
         config = Config(min(rows, 64), 32, 4 if rows == 16 else 8, 2, 1)
     elif rows == 128 and wide <= 128:
@@ -156,10 +162,10 @@ def choose(need: Need) -> Config:
         config = Config(rows, 64 if wide <= 128 else 32, 4, 3, 2)
     elif need.kv_bytes == 1:
         config = Config(rows, 128, 4, 3, 2)
-    elif need.pairs >= PAIRS[1]:
+    elif need.pairs >= PAIRS[2]:
         config = Config(rows, 128, 4, 2, 3)
     else:
-        config = Config(rows, 128 if need.pairs >= PAIRS[0] else 64, 4, 3, 1)
+        config = Config(rows, 128 if need.pairs >= PAIRS[1] else 64, 4, 3, 1)
     while not valid(config, need):
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)

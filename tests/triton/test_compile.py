@@ -1,0 +1,135 @@
+"""Kernels compile for GPUs that are not here, fit their shared memory and do not spill."""
+
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashloom as fl
+from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.kernels.triton import asked
+from flashloom.attention.kernels.triton.asked import Form
+from flashloom.attention.kernels.triton.config import (
+    Config,
+    Need,
+    candidates,
+    choose,
+    shared_bytes,
+    shared_limit,
+    split,
+    valid,
+)  # fmt: skip
+from flashloom.target import Target
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+BF16, F16, F32, E4M3, I8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8
+G = fl.HeadShape(32, 8, 128)
+# capability, heads, variant, q dtype, kv dtype, longest q, page size (0: ragged or dense), requests
+QUICK = [
+    (90, G, "causal", BF16, BF16, 1, 16, 64),
+    (90, G, "causal", BF16, BF16, 4096, 0, 4),
+    (80, G, "full", BF16, E4M3, 1, 16, 64),
+    (100, G, "causal", BF16, BF16, 4096, 16, 4),
+]
+HEADS = [G, fl.HeadShape(8, 8, 64), fl.HeadShape(5, 1, 80), fl.HeadShape(8, 1, 256), fl.HeadShape.mla(128, 512, 64)]
+LISTED = [
+    *[(90, h, v, BF16, BF16, q, p, 16) for h in HEADS for v in ("full", "causal", "gemma") for q in (1,
+    1000) for p in (16, 0)], *[(90, G, v, BF16, BF16, q, 16, 16) for v in ("alibi", "sink", "sigmoid", "rope",
+    "prefix") for q in (1, 1000)], *[(90, G, "causal", q, kv, n, 16, 16) for q, kv in ((F16, F16), (F32, F32), (BF16,
+    E4M3), (F16, I8)) for n in (1, 1000)], *[(c, h, "causal", BF16, kv, q, 16, 16) for c in (80, 100) for h in (G,
+    HEADS[3], HEADS[4]) for kv in (BF16, E4M3) for q in (1, 1000)],
+]  # fmt: skip
+VARIANTS = {
+    "full": lambda h: fl.full,
+    "causal": lambda h: fl.causal,
+    "gemma": lambda h: fl.causal & fl.sliding_window(4095) & fl.softcap(50.0),
+    "alibi": lambda h: fl.alibi(h.q_heads) & fl.causal,
+    "sink": lambda h: fl.causal & fl.sink(torch.zeros(h.q_heads)),
+    "sigmoid": lambda h: fl.sigmoid(0.0) & fl.causal,
+    "rope": lambda h: fl.rope(h.dim) & fl.causal,
+    "prefix": lambda h: fl.prefix_lm(torch.zeros(4, dtype=torch.int32)),
+}
+
+
+def compiled(job):
+    """(shared bytes, registers, bytes of stack per thread, limit of shared bytes)."""
+    capability, heads, variant, q_dtype, kv_dtype, longest, page_size, requests = job
+    program = VARIANTS[variant](heads).program.specialise(heads.dim, heads.value_dim)
+    spec = AttentionSpec(heads, program, q_dtype, kv_dtype)
+    config = choose(asked.need(spec, longest, longest, page_size, capability, requests))
+    target = Target(f"sm{capability}")
+    asked.plan_kernel(spec, config, page_size > 0, target).compile()
+    stages, metadata = asked.attend_kernel(spec, Form(spec.out_dtype), config, page_size, target).compile()
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    file = Path(f"{metadata['name']}.cubin")
+    file.write_bytes(stages["cubin"])
+    text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return metadata["shared"], int(registers), int(stack), shared_limit(capability)
+
+
+def _check(jobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for i, job in enumerate(jobs):
+            folder = tmp_path / str(i)
+            folder.mkdir()
+            folders.append((job, pool.submit(_in_folder, folder, job)))
+        for job, result in folders:
+            shared, registers, stack, limit = result.result()
+            assert shared <= limit, f"{job}: {shared} bytes of shared memory"
+            # a few registers may be saved around the loops; what a loop uses must stay in registers
+            assert stack <= 32 or job[1].latent_value, f"{job}: {stack} bytes of stack with {registers} registers"
+
+
+def _in_folder(folder, job):
+    import os
+
+    os.chdir(folder)
+    return compiled(job)
+
+
+def test_kernels_compile_without_a_gpu(tmp_path, monkeypatch):
+    _check(QUICK, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_every_listed_kernel_compiles(tmp_path, monkeypatch):
+    assert sum(job[0] == 90 for job in LISTED) <= 120
+    assert all(sum(job[0] == c for job in LISTED) <= 20 for c in (80, 100))
+    _check(LISTED, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("dim", "parts"), [(16, (32, 0)), (64, (64, 0)), (80, (64, 32)), (96, (64, 32)), (112, (128, 0)), (192, (128,
+    64)), (576, (512, 64))]
+)  # fmt: skip
+def test_split_of_widths(dim, parts):
+    assert split(dim) == parts
+    assert sum(parts) >= dim
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100, 120])
+@pytest.mark.parametrize("bytes_", [(2, 2), (2, 1), (4, 4)])
+@pytest.mark.parametrize("dim", [16, 80, 128, 256, 576])
+@pytest.mark.parametrize("rows", [1, 40, 4000])
+def test_every_need_has_a_valid_config(capability, bytes_, dim, rows):
+    need = Need(4, 2, dim, dim, *bytes_, rows, rows, 16, capability)
+    config = choose(need)
+    assert isinstance(config, Config)
+    assert valid(config, need)
+    assert shared_bytes(config, need) <= shared_limit(capability)
+    assert all(valid(c, need) for c in candidates(need))
+
+
+def test_an_invariant_config_does_not_depend_on_the_batch():
+    configs = {
+        choose(Need(4, 2, 128, 128, 2, 2, rows, mean, 16, 90, invariant=True, pairs=pairs))
+        for rows, mean, pairs in ((4, 4, 2), (4, 4, 4000), (9000, 5, 64), (9000, 9000, 2))
+    }
+    assert len(configs) == 1
