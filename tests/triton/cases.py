@@ -281,6 +281,7 @@ CASES = [
     Case([5, 1], [12, 130], variant=key_bias),
     Case([40], [100], variant=holes),
     Case([1, 1], [20, 60], dtype=F16, variant=causal, odd_strides=True),
+    Case([33, 1], [40, 90], H(4, 1, 16), variant=causal, dtype=F16, odd_strides=True),
     Case([1, 3], [20, 60], dtype=BF16, variant=causal),
     Case([1, 1], [20, 60], dtype=BF16, kv_dtype=E4M3, scales="one"),
     Case([2, 1], [20, 30], dtype=F16, kv_dtype=E5M2, scales="head"),

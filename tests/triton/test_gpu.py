@@ -57,6 +57,10 @@ LARGE = [
     Case([1, 40], [500, 300], G, F16, page_size=16, variant=sigmoid),
     Case([100], [1000], G, BF16, page_size=16, variant=holes),
     Case([1, 1, 70], [5000, 300, 900], G, BF16, page_size=16, variant=causal, invariant=True),
+    Case([100, 30], [300, 200], H(4, 1, 40), BF16, page_size=16, odd_strides=True, variant=causal),
+    Case([100, 30], [300, 200], H(2, 1, 16), F16, page_size=16, variant=causal),
+    Case([200, 30], [300, 200], H(4, 1, 80), BF16, page_size=16, variant=causal),
+    Case([200, 30], [300, 200], H(4, 1, 192, 80), BF16, kind="ragged", odd_strides=True),
     Case([1, 30], [900, 300], H(5, 1, 80), BF16, page_size=3, odd_strides=True, variant=causal),
 ]
 

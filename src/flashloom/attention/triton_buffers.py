@@ -63,7 +63,7 @@ class Buffers:
             "items": sizes.items * ITEM_WORDS,
             "pages": sizes.pages + 1,  # one more, which a read ahead may touch
             "scratch": SCRATCH_ROWS * sizes.stride,
-            "arrivals": sizes.blocks * kv_heads,
+            "arrivals": sizes.blocks * kv_heads * max(block_m // 32, 1),
             "part_lse": sizes.slots * kv_heads * block_m,
             "part_out": sizes.slots * kv_heads * block_m * value_dim,
         }

@@ -43,6 +43,7 @@ class TritonExecutor:
         self._values: tuple[Any, ...] | None = None
         self._low = 0
         self._last: Any = None
+        self._last_grid = 0
         self.workspace_size = 0
 
     @classmethod
@@ -230,8 +231,8 @@ class TritonExecutor:
         )  # fmt: skip
         if not self._gpu:
             tensors = tuple(self._ones if x is None else x for x in (q, k, v, out, lse, k_scale, v_scale))
-            kernel, words = self._prepared(q, kv, out, lse, sm_scale, partial, 0)
-            kernel(self._grid, (*tensors, *words, *self._flat(values)))
+            kernel, grid, words = self._prepared(q, kv, out, lse, sm_scale, partial, 0)
+            kernel(grid, (*tensors, *words, *self._flat(values)))
             return
         places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         low = (places[0] | places[1] | places[2] | places[3]) & 15
@@ -240,11 +241,11 @@ class TritonExecutor:
             self._one if v_scale is None else v_scale.data_ptr(),
         )  # fmt: skip
         if state == self._state and low == self._low and values is self._values:
-            self._last.again(self._grid, pointers)
+            self._last.again(self._last_grid, pointers)
             return
-        kernel, words = self._prepared(q, kv, out, lse, sm_scale, partial, low)
-        kernel(self._grid, (*pointers, *words, *self._flat(values)))
-        self._state, self._low, self._values, self._last = state, low, values, kernel
+        kernel, grid, words = self._prepared(q, kv, out, lse, sm_scale, partial, low)
+        kernel(grid, (*pointers, *words, *self._flat(values)))
+        self._state, self._low, self._values, self._last, self._last_grid = state, low, values, kernel, grid
 
     def _prepared(
         self,
@@ -255,8 +256,9 @@ class TritonExecutor:
         sm_scale: float,
         partial: bool,
         low: int,
-    ) -> tuple[Any, tuple[Any, ...]]:
-        """The kernel for these arguments, and its words between the seven pointers and the variant's values."""
+    ) -> tuple[Any, int, tuple[Any, ...]]:
+        """The kernel for these arguments, its number of programs, and its words between the seven pointers and the
+        variant's values."""
         q0, q1, _ = q.stride()
         o0, o1, _ = out.stride()
         k0, k1, k2, _ = kv.k.stride()
@@ -275,7 +277,8 @@ class TritonExecutor:
             kernel = self._kernels[form] = launch.launcher(self._asked(form), self.device)
         lse_strides = (0, 0) if lse is None else lse.stride()
         flags = 2 * partial + (lse is not None)
-        return kernel, (*self._run_buffers, *strides, *lse_strides, kp, kh, vp, vh, sm_scale, flags)
+        grid = self._grid * asked.parts(form, self.config)
+        return kernel, grid, (*self._run_buffers, *strides, *lse_strides, kp, kh, vp, vh, sm_scale, flags)
 
     def _flat(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The variant's values as flat words."""

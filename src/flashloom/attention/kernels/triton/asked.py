@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from flashloom.kernel.triton import TritonKernel, interpreting, pointer
 from flashloom.lower import triton as lower
 from flashloom.target import Target
 
-__all__ = ["Form", "attend_kernel", "need", "plan_kernel", "value_types"]
+__all__ = ["Form", "attend_kernel", "need", "parts", "plan_kernel", "value_types"]
 
 STRIDES = ("q_token", "q_head_step", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "out_token",
 "out_head", "lse_token",
@@ -75,12 +75,21 @@ def value_types(program: Any) -> tuple[str, ...]:
     return tuple(types)
 
 
+def parts(form: Form, config: Config) -> int:
+    """Into how many blocks of rows a kernel cuts a work item. Unaligned rows take blocks of 32, for which Hopper's
+    warpgroup instructions are not used: the assembler of Triton 3.6 (ptxas 12.8) runs out of uniform registers among
+    so many narrow loads and overwrites their operands' descriptors."""
+    return config.block_m // 32 if not form.aligned and config.block_m >= 64 else 1
+
+
 def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: int, target: Target) -> TritonKernel:
     """The attention kernel of a spec; page_size 0 where each request is one run of tokens."""
     import triton.language as tl
     from flashloom.attention.kernels.triton.attend import attend
 
-    heads, hooks = spec.heads, lower.load(spec.program)
+    heads, hooks, count = spec.heads, lower.load(spec.program), parts(form, config)
+    if count > 1:
+        config = replace(config, block_m=config.block_m // count, num_warps=8)
     qk, pv, precision, factor = number_types(spec, form.page_scales)
     if interpreting():  # its matrix product knows numpy's types only
         qk = pv = "float32"
@@ -135,7 +144,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "VEC_V": vector["v"], "VEC_OUT": vector["out"], "QK_TYPE": getattr(tl, qk), "PV_TYPE": getattr(tl, pv),
         "PRECISION": precision, "K_SCALE": 2 if form.page_scales else 1, "V_SCALE": 2 if form.page_scales else 1,
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
-        "ONE_LOOP": config.block_m == 16,
+        "ONE_LOOP": config.block_m == 16, "PARTS": count,
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))
     return TritonKernel(attend, signature, constants, aligned, target, config.num_warps, config.num_stages)

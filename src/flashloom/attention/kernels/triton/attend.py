@@ -231,27 +231,27 @@ def attend(
     tl.constexpr, VEC_Q: tl.constexpr, VEC_K: tl.constexpr, VEC_V: tl.constexpr, VEC_OUT: tl.constexpr,
     QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
-    ONE_LOOP: tl.constexpr,
+    ONE_LOOP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One work item for one kv head. Grid: (items * KV_HEADS,).
+    """One work item for one kv head, or one of its PARTS blocks of rows. Grid: (items * PARTS * KV_HEADS,).
 
     q, out [tokens, KV_HEADS * GROUP, DIM | VALUE_DIM]; k, v [pages, PAGE_SIZE, KV_HEADS, ...]; lse float32 [tokens,
     heads]; inner strides 1,
     the others in vectors of VEC_*. K_SCALE, V_SCALE: 0 none, 1 per kv head (strides 0 for one number), 2 per page and
     kv head.
-    items int32 [*, 16]; part_out float32 [slots, KV_HEADS, BLOCK_M, VALUE_DIM]; part_lse float32 [slots, KV_HEADS,
-    BLOCK_M];
-    arrivals int32 [tiles, KV_HEADS], zero before and after. flags: bit 0 store lse, bit 1 partial. NEGATIVE: sm_scale
-    is.
+    items int32 [*, 16]; part_out float32 [slots, KV_HEADS, PARTS * BLOCK_M, VALUE_DIM]; part_lse without the last;
+    arrivals int32 [tiles, PARTS, KV_HEADS], zero before and after. flags: bit 0 store lse, bit 1 partial. NEGATIVE:
+    sm_scale is.
     """
     kv_head = tl.program_id(0) % KV_HEADS
-    item = items + (tl.program_id(0) // KV_HEADS).to(tl.int64) * ITEM_WORDS
+    part = tl.program_id(0) // KV_HEADS % PARTS
+    item = items + (tl.program_id(0) // (KV_HEADS * PARTS)).to(tl.int64) * ITEM_WORDS
     batch = tl.load(item)
     q_start = tl.load(item + 1)
     q_len = tl.load(item + 2)
     kv_len = tl.load(item + 3)
     kv_start = tl.load(item + 4)
-    row_start = tl.load(item + 5)
+    row_start = tl.load(item + 5) + part * BLOCK_M
     kv_lo = tl.load(item + 6)
     kv_hi = tl.load(item + 7)
     page_begin = tl.load(item + 8)
@@ -259,9 +259,12 @@ def attend(
     splits = tl.load(item + 10)
     split = tl.load(item + 11)
     slot = tl.load(item + 12).to(tl.int64) * KV_HEADS + kv_head
-    arrival = tl.load(item + 13).to(tl.int64) * KV_HEADS + kv_head
+    arrival = (tl.load(item + 13).to(tl.int64) * PARTS + part) * KV_HEADS + kv_head
     if batch < 0:
         return
+    if PARTS > 1:
+        if row_start >= q_len * GROUP:
+            return
 
     RAW: tl.constexpr = SOFTMAX and LOGITS is None and not NEGATIVE and (K_SCALE != 2 or KEY is not None)
     at = (batch, kv_head, q_len, kv_len, q_start, kv_start)
@@ -366,7 +369,7 @@ def attend(
             )  # fmt: skip
         return
 
-    mine = (slot + split * KV_HEADS) * BLOCK_M + local  # int64 [BLOCK_M]
+    mine = (slot + split * KV_HEADS) * (BLOCK_M * PARTS) + part * BLOCK_M + local  # int64 [BLOCK_M]
     column = tl.arange(0, V0)
     tl.store(
         part_out + mine[:, None] * VALUE_DIM + column[None, :],
@@ -392,7 +395,8 @@ def attend(
         ok = some < rows
         whole_row = row_start + tl.minimum(some, rows - 1)
         merged, level = combine(
-            part_out, part_lse, slot, splits, some, ok, SOFTMAX, BLOCK_M, VALUE_DIM, V0, 0, KV_HEADS, MERGE_ROWS,
+            part_out, part_lse, slot, splits, part * BLOCK_M + some, ok, SOFTMAX, BLOCK_M * PARTS, VALUE_DIM, V0, 0,
+            KV_HEADS, MERGE_ROWS,
             MERGE_SPLITS
         )  # fmt: skip
         finish(
@@ -401,7 +405,8 @@ def attend(
         )  # fmt: skip
         if V1 > 0:
             merged1, level1 = combine(
-                part_out, part_lse, slot, splits, some, ok, SOFTMAX, BLOCK_M, VALUE_DIM, V1, V0, KV_HEADS, MERGE_ROWS,
+                part_out, part_lse, slot, splits, part * BLOCK_M + some, ok, SOFTMAX, BLOCK_M * PARTS, VALUE_DIM, V1,
+                V0, KV_HEADS, MERGE_ROWS,
                 MERGE_SPLITS
             )  # fmt: skip
             finish(
