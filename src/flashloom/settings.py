@@ -52,7 +52,7 @@ class Settings:
     """
     log: str = "warning"
     """Log level (debug, info, warning, error), followed by ``:path`` to write to a file instead of stderr."""
-    wait: float = 20.0
+    wait: float = 60.0
     """Seconds to wait for another process that is building the same kernel before it is built here as well."""
     store_timeout: float = 10.0
     """Seconds a store may take for one read or write before this process goes on without it."""
