@@ -23,6 +23,7 @@ from flashloom.attention.kernels.triton.config import (
     split,
     valid,
 )  # fmt: skip
+from flashloom.attention.triton_append import append_kernel
 from flashloom.target import Target
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -62,7 +63,6 @@ def compiled(job):
     spec = AttentionSpec(heads, program, q_dtype, kv_dtype)
     config = choose(asked.need(spec, longest, longest, page_size, capability, requests))
     target = Target(f"sm{capability}")
-    asked.plan_kernel(spec, config, page_size > 0, target).compile()
     stages, metadata = asked.attend_kernel(spec, Form(spec.out_dtype), config, page_size, target).compile()
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     file = Path(f"{metadata['name']}.cubin")
@@ -94,12 +94,25 @@ def _in_folder(folder, job):
     return compiled(job)
 
 
+def test_the_planner_and_append_compile_without_a_gpu():
+    spec = AttentionSpec(G, fl.full.program, BF16, BF16)
+    config = choose(asked.need(spec, 1, 1, 16, 80))
+    for target in (Target("sm80"), Target("sm90")):
+        for kernel in (
+            asked.plan_kernel(spec, config, True, target),
+            append_kernel(BF16, E4M3, 8, 128, 128, True, True, target),
+        ):
+            assert kernel.compile()[0]["cubin"]
+
+
 def test_kernels_compile_without_a_gpu(tmp_path, monkeypatch):
     _check(QUICK, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_every_listed_kernel_compiles(tmp_path, monkeypatch):
+def test_every_listed_kernel_compiles(tmp_path, monkeypatch, request):
+    if "slow" not in request.config.getoption("markexpr"):
+        pytest.skip("compiles 100 kernels, which takes minutes: ask for it with -m slow")
     assert sum(job[0] == 90 for job in LISTED) <= 120
     assert all(sum(job[0] == c for job in LISTED) <= 20 for c in (80, 100))
     _check(LISTED, tmp_path, monkeypatch)
