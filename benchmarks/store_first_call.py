@@ -87,6 +87,7 @@ def main() -> None:
     target = Target.here().name if asked.device == "cpu" else "sm{}{}".format(*torch.cuda.get_device_capability())
     store, pack, empty = str(place / "store"), str(place / "llama.loom"), str(place / "empty")
     runs = {"cold": first_call(asked.device, store)}
+    print("cold", runs["cold"], flush=True)
     runs["warm store"] = min((first_call(asked.device, store) for _ in range(3)), key=lambda run: run["decode_ms"])
     command = [
         sys.executable,

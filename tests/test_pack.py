@@ -151,6 +151,33 @@ def test_steps_cover_every_choice(target):
     assert len(pack) == count
 
 
+@pytest.mark.parametrize("model", ["llama-3-8b", "qwen2.5-0.5b", "phi-3-mini"])
+def test_a_pack_has_what_plans_on_a_gpu_ask_for(model):
+    """Whatever the number of requests, their longest and their mean: what such a plan chooses is in the pack."""
+    pytest.importorskip("triton", reason="GPU kernels are written in Triton")
+    import random
+
+    from flashloom.attention.kernels.triton import asked
+    from flashloom.attention.kernels.triton.config import choose
+
+    one = serving.attentions(serving.model_config(model))[0]
+    pack = fl.Pack(targets=["sm90"]).add(one, serving.steps(one.heads, 16))
+    choices = random.Random(5)
+    for _ in range(300):
+        requests, longest = int(2 ** choices.uniform(0, 10)), int(2 ** choices.uniform(0, 13))
+        mean = choices.randint(-(-longest // requests), longest)
+        config = choose(asked.need(one.spec, longest, mean, 16, 90, requests))
+        for form in dispatch_forms(one.spec):
+            kernel = asked.attend_kernel(one.spec, form, config, 16, Target("sm90"))
+            assert store.digest(kernel.fields) in pack._kernels, (requests, longest, mean, config)
+
+
+def dispatch_forms(spec):
+    from flashloom.attention.triton_executor import TritonExecutor
+
+    return TritonExecutor._forms(spec)
+
+
 # The command line
 
 

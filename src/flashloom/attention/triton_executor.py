@@ -119,7 +119,8 @@ class TritonExecutor:
         capability = int(target.name[2:])
         found: list[TritonKernel] = []
         seen: set[Config] = set()
-        for requests in (1, *PAIRS):  # as many as one, and enough for each step of `choose`
+        for pairs in (1, *PAIRS):  # one request, and enough of them for each step of `choose`
+            requests = -(-pairs // spec.heads.kv_heads)
             config = choose(asked.need(spec, max_q_len, mean_q_len, page_size, capability, requests))
             if replace(config, resident=1) not in seen:
                 seen.add(replace(config, resident=1))
