@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 #: Attention executors by kind of device, the preferred first; a module is imported when it is first asked for.
 ATTENTION: dict[str, list[str]] = {
     "cpu": ["flashloom.attention.cpu:CpuExecutor", "flashloom.attention.reference:ReferenceExecutor"],
-    "cuda": ["flashloom.attention.triton_executor:TritonExecutor", "flashloom.attention.reference:ReferenceExecutor"],
+    "cuda": [
+        "flashloom.attention.hopper_executor:HopperExecutor",
+        "flashloom.attention.triton_executor:TritonExecutor",
+        "flashloom.attention.reference:ReferenceExecutor",
+    ],
 }
 #: Kernels of `fl.append` by kind of device, called as append_reference is; without one the reference serves.
 APPEND: dict[str, str] = {"cuda": "flashloom.attention.triton_append:append"}
@@ -80,15 +84,20 @@ def plan(
     reason)."""
     refusals: list[tuple[str, str]] = []
     for cls, reason in choose(spec, device):
+        if reason is None and _only.get() is None and hasattr(cls, "declines"):
+            reason = cls.declines(spec, batch)
         if reason is None:
             try:
                 executor = cls(spec, device)
                 executor.plan(batch, reserve)
                 return executor, refusals
             except RuntimeError as error:
-                if type(error).__name__ != "NoCompiler":
+                if type(error).__name__ == "NoCompiler":
+                    reason = _no_compiler(cls.name, error)
+                elif type(error).__name__ == "CannotBuild":
+                    reason = _cannot_build(cls.name, error)
+                else:
                     raise
-                reason = _no_compiler(cls.name, error)
         refusals.append((cls.name, reason))
     raise RuntimeError(
         "no backend serves this attention: " + "; ".join(f"{name}: {reason}" for name, reason in refusals)
@@ -106,6 +115,13 @@ def _no_compiler(name: str, error: Exception) -> str:
             stacklevel=5,
         )
     return f"no compiler ({error})"
+
+
+def _cannot_build(name: str, error: Exception) -> str:
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"flashloom passes over its {name} backend: {error}", RuntimeWarning, stacklevel=5)
+    return str(error)
 
 
 def append_kernel(device: torch.device) -> Callable[..., None] | None:

@@ -32,6 +32,10 @@ class AttentionSpec:
         return torch.bfloat16 if self.q_dtype.itemsize == 1 else self.q_dtype
 
 
+class CannotBuild(RuntimeError):
+    """An executor's kernels cannot be built here: another executor should serve. The message says why."""
+
+
 class Executor(Protocol):
     """One backend's side of a plan. `Attention` has validated every argument; an executor owns its buffers and never
     hands one out."""

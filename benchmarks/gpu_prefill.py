@@ -1,0 +1,348 @@
+"""The Hopper kernel on a GPU: checked against float64, then timed beside torch's SDPA.
+
+    PYTHONPATH=src:. python benchmarks/gpu_prefill.py [result.json]
+
+Each step is a process of its own with a time limit, so that a kernel that hangs costs no more than that. Inputs are
+drawn anew; outputs and whatever must not be read start as NaN. Times are medians of CUDA-graph replays in interleaved
+rounds; a causal row counts half the operations.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tests.triton.cases import BF16, F16, Case, H, alibi, causal, check, gemma, holes, sinks, window
+
+import flashloom as fl
+from flashloom import dispatch
+from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.kernels.hopper import asked, config
+from flashloom.attention.triton_executor import TritonExecutor
+from flashloom.target import Target
+
+ROUNDS, LIMIT = 11, 150
+G, M = H(32, 8, 128), H(16, 16, 128)
+
+
+def plain_cap(case, device):
+    return fl.causal & fl.softcap(30.0)
+
+
+CHECKS = {
+    "dense and ragged": [
+        Case([256], [256], H(4, 4, 128), BF16, kind="dense"),
+        Case([128, 128], [128, 128], H(2, 2, 128), BF16, kind="dense", variant=causal),
+        Case([300, 1000], [300, 1000], G, BF16, kind="ragged", variant=causal),
+        Case([300, 1000], [300, 1000], G, F16, kind="ragged"),
+        Case([1, 2, 3, 129, 127, 64, 65, 5], [1, 2, 3, 129, 127, 64, 65, 5], G, BF16, kind="ragged", variant=causal),
+        Case([500, 7, 260], [100, 900, 260], G, F16, kind="ragged", variant=causal),
+        Case([300, 5, 0, 80], [300, 0, 7, 200], G, BF16, kind="ragged", variant=causal),
+        Case([1500, 700], [1500, 2300], M, BF16, kind="dense", variant=causal),
+        Case([900], [900], G, BF16, kind="ragged", variant=causal, sm_scale=-0.1),
+        Case([2000] * 3, [2000] * 3, G, BF16, kind="ragged", variant=causal),
+    ],
+    "paged": [
+        Case([300, 1000], [300, 1000], G, BF16, page_size=16, variant=causal),
+        Case([300, 40, 700], [1300, 2040, 701], G, F16, page_size=8, variant=causal),
+        Case([300, 1000], [300, 1500], G, BF16, page_size=64, layout="HND", variant=causal),
+        Case([300, 100], [300, 1500], G, BF16, page_size=128, variant=causal),
+        Case([300, 100], [300, 1500], G, BF16, page_size=256),
+        Case([300, 100], [333, 1500], G, BF16, page_size=48, variant=causal),
+        Case([30, 50, 100], [333, 1500, 5000], G, BF16, page_size=16, variant=causal),
+        Case([30, 50, 100], [333, 1500, 5000], G, BF16, page_size=16, variant=causal, on_device=True),
+        Case([90, 50], [333, 1500], H(24, 4, 128), BF16, page_size=16, variant=causal),
+        Case([2048, 1, 1, 1], [2048, 4000, 300, 1], G, BF16, page_size=16, variant=causal),
+    ],
+    "widths": [
+        Case([300, 500], [300, 1000], H(8, 2, 64), BF16, kind="ragged", variant=causal),
+        Case([300, 500], [300, 1000], H(8, 2, 64), F16, page_size=16, variant=causal),
+        Case([300, 500], [300, 1000], H(8, 2, 256), BF16, kind="ragged", variant=causal),
+        Case([30, 50], [300, 1000], H(8, 2, 256), F16, page_size=16, variant=causal),
+        Case([300, 500], [300, 1000], H(8, 8, 192, 128), BF16, kind="ragged", variant=causal),
+        Case([300, 500], [300, 1000], H(8, 4, 96), BF16, kind="ragged", variant=causal),
+        Case([300, 500], [300, 1000], H(8, 4, 80), F16, page_size=16, variant=causal),
+        Case([300], [300], H(5, 1, 128), BF16, page_size=16, odd_strides=True, variant=causal),
+    ],
+    "variants": [
+        Case([300, 1000], [300, 1000], G, F16, kind="ragged", variant=window),
+        Case([300, 600], [300, 1500], G, BF16, page_size=16, variant=gemma),
+        Case([300, 600], [300, 1500], G, BF16, kind="ragged", variant=alibi),
+        Case([60, 40], [300, 1500], G, BF16, page_size=16, variant=alibi),
+        Case([300, 600], [300, 1500], G, BF16, kind="ragged", variant=sinks),
+        Case([60, 40], [300, 1500], G, BF16, kind="ragged", variant=sinks),
+        Case([300], [900], G, BF16, kind="ragged", variant=holes),
+        Case([300, 600], [300, 1500], G, BF16, kind="ragged", variant=plain_cap),
+        Case([300, 600], [300, 1500], G, BF16, kind="ragged", variant=sinks, partial=True),
+    ],
+}  # fmt: skip
+
+# other ways to run the kernel, timed beside the default one, by the rows they are tried on
+TRIED: dict[str, dict[str, dict]] = {
+    "prefill": {"ring 2": {"ring": 2}},
+    "narrow": {"3 stages": {"stages": 3}, "4 stages": {"stages": 4}},
+    "wide": {"ring 2": {"ring": 2}},
+}
+SHAPES = [(16, 1024), (4, 4096), (1, 16384)]
+
+
+def _row(kind: str, q: list[int], kv: list[int], heads: fl.HeadShape, variant: str, page: int = 0) -> dict:
+    same = len(set(q)) == len(set(kv)) == 1
+    shape = f"{len(q)}x{q[0]}" + (f" on {kv[0]}" if q != kv else "") if same else kind
+    name = f"{variant} {shape} {heads.q_heads}/{heads.kv_heads}x{heads.dim}" + (f" page {page}" if page else "")
+    return {"kind": kind, "q": q, "kv": kv, "heads": heads, "variant": variant, "page": page, "name": name}
+
+
+def _rows() -> list[dict]:
+    """What is timed: lengths, heads, variant, page size (0: ragged)."""
+    rows = []
+    for heads in (G, M):
+        for b, s in SHAPES:
+            for variant in ("causal", "full"):
+                rows.append(_row("prefill", [s] * b, [s] * b, heads, variant))
+                if heads == G:
+                    rows.append(_row("paged", [s] * b, [s] * b, heads, variant, 16))
+    for kind, dim in (("narrow", 64), ("wide", 256)):
+        rows += [_row(kind, [4096] * 4, [4096] * 4, H(16, 16, dim), v) for v in ("causal", "full")]
+    rows += [_row(v, [4096] * 4, [4096] * 4, G, v) for v in ("alibi", "softcap")]
+    mixed = [int(x) for x in torch.linspace(100, 8000, 64)]
+    rows.append(_row("64 of 100-8000", mixed, mixed, G, "causal"))
+    for q, n, kv in ((32, 8, 4096), (16, 32, 2048), (512, 1, 16384), (128, 1, 32768), (2048, 1, 2048), (256, 4, 1024)):
+        rows.append(_row("append", [q] * n, [kv] * n, G, "causal", 16))
+    rows.append(_row("2048 and 64 decodes on 4096", [2048] + [1] * 64, [2048] + [4096] * 64, G, "causal", 16))
+    return rows
+
+
+def _variant(name: str, heads: fl.HeadShape, device: str) -> fl.Variant:
+    if name == "alibi":
+        return fl.alibi(fl.alibi_slopes(heads.q_heads).to(device)) & fl.causal
+    return {"causal": fl.causal, "full": fl.full, "softcap": fl.causal & fl.softcap(30.0)}[name]
+
+
+def _compile(number: int) -> float:
+    """Compile the kernels of one job into the store; in a process without a GPU context."""
+    start = time.perf_counter()
+    job = _jobs()[number]
+    if len(job) == 2:  # the Triton kernels for comparison
+        spec, (longest, mean, page) = job
+        for kernel in TritonExecutor.kernels(spec, Target("sm90"), longest, mean, page):
+            kernel.entry()
+        return time.perf_counter() - start
+    heads, dtype, variant, page, negative, mean, changes = job
+    program = variant.program.specialise(heads.dim, heads.value_dim)
+    spec = AttentionSpec(heads, program, dtype, dtype)
+    chosen = asked.choose(spec, mean, page)
+    config.RING = changes.get("ring", 1)
+    chosen = replace(chosen, **{n: x for n, x in changes.items() if n != "ring"})
+    target = Target("sm90")
+    asked.plan_kernel(spec, chosen, page > 0, target).entry()
+    asked.attend_kernel(spec, asked.Form(dtype, negative), chosen, page, target).entry()
+    return time.perf_counter() - start
+
+
+def _against_triton(row: dict) -> bool:
+    return row["kind"] not in ("prefill", "paged", "narrow", "wide")
+
+
+def _jobs() -> list[tuple]:
+    jobs: dict[str, tuple] = {}
+    for case in (c for cases in CHECKS.values() for c in cases):
+        variant = case.variant(case, "cpu") if case.variant else fl.full
+        mean = -(-sum(case.q_lens) // len(case.q_lens))
+        page = case.page_size if case.kind == "paged" else 0
+        job = (case.heads, case.dtype, variant, page, (case.sm_scale or 1) < 0, mean, {})
+        jobs[f"{job[:2]}{variant.program.digest}{job[3:5]}{mean >= 256}"] = job
+    for row in _rows():
+        heads, variant, page = row["heads"], _variant(row["variant"], row["heads"], "cpu"), row["page"]
+        mean = -(-sum(row["q"]) // len(row["q"]))
+        for name, changes in {"": {}, **TRIED.get(row["kind"], {})}.items():
+            job = (heads, BF16, variant, page, False, mean, changes)
+            jobs[f"{heads}{variant.program.digest}{page}{name}{mean >= 256}"] = job
+        if _against_triton(row):
+            spec = AttentionSpec(heads, variant.program.specialise(heads.dim, heads.value_dim), BF16, BF16)
+            jobs[row["name"]] = (spec, (max(row["q"]), mean, page))
+    return list(jobs.values())
+
+
+def compile_all() -> None:
+    """Compile what the checks and timings need, side by side."""
+    with ProcessPoolExecutor(15, multiprocessing.get_context("fork")) as pool:
+        seconds = list(pool.map(_compile, range(len(_jobs()))))
+    print(f"{len(seconds)} kernels compiled, {statistics.median(seconds):.1f} s each", flush=True)
+
+
+def check_group(name: str) -> None:
+    """Run one group of checks; prints a line per case and fails at the end if any failed."""
+    torch.cuda.init()
+    failed = 0
+    for case in CHECKS[name]:
+        print(f"  .. {case}", flush=True)
+        try:
+            error, lse_error = check(case, "cuda", "hopper")
+            print(f"  ok {error:.1e} {lse_error:.1e}", flush=True)
+        except AssertionError as problem:
+            failed += 1
+            print(f"  WRONG {str(problem)[:300]}", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+def _graph(call: Callable[[], object]) -> Callable[[], None]:
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _time(calls: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Samples in seconds per call, in interleaved rounds."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample(call: Callable[[], None], n: int) -> float:
+        start.record()
+        for _ in range(n):
+            call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / n / 1e3
+
+    counts = {name: max(1, int(8e-3 / sample(call, 2))) for name, call in calls.items()}
+    names, samples = list(calls), {name: [] for name in calls}
+    for i in range(ROUNDS):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            samples[name].append(sample(calls[name], counts[name]))
+    return samples
+
+
+def _plan(row: dict, changes: dict | None = None, executor: str = "hopper"):
+    """(replay of a run, its out) of flashloom for a row."""
+    heads, page = row["heads"], row["page"]
+    q, k, v = row["inputs"]
+    saved = config.choose, config.RING
+    changes = changes or {}
+    try:
+        config.RING = changes.get("ring", config.RING)
+        rest = {n: x for n, x in changes.items() if n != "ring"}
+        config.choose = lambda *a: replace(saved[0](*a), **rest)
+        if page:
+            needs = [-(-n // page) for n in row["kv"]]
+            order = torch.randperm(sum(needs)).int()
+            starts = torch.tensor([0, *needs]).cumsum(0).int()
+            kv = fl.PageTable.from_csr(starts, order, [n - (m - 1) * page for n, m in zip(row["kv"], needs)],
+                                       page_size=page)  # fmt: skip
+            parts = tuple(
+                torch.randn(sum(needs), page, heads.kv_heads, heads.dim, device="cuda", dtype=BF16) for _ in "kv"
+            )
+        else:
+            kv, parts = fl.RaggedKV(row["kv"]), (k, v)
+        with dispatch.only(executor):
+            attn = fl.Attention(heads, variant=_variant(row["variant"], heads, "cuda"), dtype=BF16, device="cuda")
+            plan = attn.plan(fl.Batch(row["q"], kv=kv))
+    finally:
+        config.choose, config.RING = saved
+    out = torch.full_like(q, float("nan"))
+    replay = _graph(lambda: plan.run(q, parts, out=out))
+    return (lambda: (replay(), plan, parts)[0]), out
+
+
+def _sdpa(row: dict, backend) -> Callable[[], None] | None:
+    from torch.nn.attention import sdpa_kernel
+
+    q, k, v = (x.view(len(row["q"]), -1, *x.shape[1:]).transpose(1, 2) for x in row["inputs"])
+    group = row["heads"].group
+
+    def call() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=row["variant"] == "causal", enable_gqa=group > 1
+            )
+
+    try:
+        call()
+        return _graph(call)
+    except RuntimeError as error:
+        print(f"  no {backend}: {str(error)[:80]}")
+        return None
+
+
+def time_rows(path: str) -> None:
+    """Time every row and print a table; in TFLOP/s."""
+    from torch.nn.attention import SDPBackend
+
+    results = []
+    for row in _rows():
+        heads = row["heads"]
+        shapes = [(sum(row["q"]), heads.q_heads, heads.dim), *[(sum(row["kv"]), heads.kv_heads, heads.dim)] * 2]
+        row["inputs"] = [torch.randn(shape, device="cuda", dtype=BF16) for shape in shapes]
+        calls, outs = {}, {}
+        calls["flashloom"], outs["flashloom"] = _plan(row)
+        for name, changes in TRIED.get(row["kind"], {}).items():
+            calls[name], outs[name] = _plan(row, changes)
+        if _against_triton(row):
+            calls["triton"], outs["triton"] = _plan(row, executor="triton")
+        if row["variant"] in ("causal", "full") and row["q"] == [row["kv"][0]] * len(row["kv"]) and not row["page"]:
+            for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+                call = _sdpa(row, backend)
+                if call is not None:
+                    calls[name] = call
+        samples = _time(calls)
+        for name, out in outs.items():
+            assert not out.isnan().any(), (name, row["name"])
+        pairs = sum(q * kv - (q * q / 2 if row["variant"] != "full" else 0) for q, kv in zip(row["q"], row["kv"]))
+        flops = 4 * heads.q_heads * heads.dim * pairs
+        entry: dict = {"row": row["name"]}
+        for name, taken in samples.items():
+            middle = statistics.median(taken)
+            quarter = statistics.quantiles(taken, n=4)
+            entry[name] = {
+                "tflops": flops / middle * 1e-12, "median_s": middle, "spread": (quarter[2] - quarter[0]) / middle,
+            }  # fmt: skip
+        results.append(entry)
+        print(entry["row"].ljust(40), *(f"{n} {x['tflops']:.0f}" for n, x in entry.items() if n != "row"), flush=True)
+        del row["inputs"], calls, outs
+    import triton
+
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    Path(path).write_text(json.dumps({"machine": machine, "rounds": ROUNDS, "rows": results}, indent=1))
+
+
+def main() -> None:
+    path = sys.argv[1] if len(sys.argv) > 1 else "gpu_prefill.json"
+    start = time.perf_counter()
+    compile_all()
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    steps = [subprocess.Popen([sys.executable, __file__, "--check", name], stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.STDOUT) for name in CHECKS]  # fmt: skip
+    ok = True
+    for name, step in zip(CHECKS, steps):
+        try:
+            text, _ = step.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            step.kill()
+            text = step.communicate()[0] + "\nTIME LIMIT"
+        ok = ok and step.returncode == 0
+        print(f"{name}: exit {step.returncode}\n{text[-3500:]}", flush=True)
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    if ok or "--time" in sys.argv:
+        subprocess.run([sys.executable, __file__, "--rows", path], timeout=LIMIT, check=True)
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        check_group(sys.argv[-1])
+    elif "--rows" in sys.argv:
+        time_rows(sys.argv[-1])
+    else:
+        main()

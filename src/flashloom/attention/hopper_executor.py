@@ -1,0 +1,260 @@
+"""The Hopper backend: prefill, append and mixed batches by a persistent Gluon kernel.
+
+Batches are planned on the device by the Triton backend's planner, without splitting keys; `run` is one launch. Tensors
+that tensor maps cannot describe (rows that are not multiples of 16 bytes, expanded or empty ones) and scaled keys go to
+the Triton kernels."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from flashloom.attention.batch import Batch, Reserve
+from flashloom.attention.executor import AttentionSpec, CannotBuild
+from flashloom.attention.kernels.hopper import asked, config
+from flashloom.attention.kernels.hopper.asked import Form
+from flashloom.attention.triton_buffers import PLAN_BLOCK, Buffers, Sizes, Staging
+from flashloom.attention.triton_executor import TritonExecutor
+from flashloom.kernel import gluon, launch
+from flashloom.kernel.triton import TritonKernel, installed
+from flashloom.kv_cache.cache import KV
+from flashloom.kv_cache.pages import PageTable
+from flashloom.target import Target
+
+__all__ = ["HopperExecutor"]
+
+FEW_ROWS = 64  # packed query rows of the mean request, up to which the Triton kernels, which split keys, are the better
+FEW_TILES, LONG = 24, 1024  # with fewer tiles than this, keys of so many tokens are worth splitting
+UNSPLIT = 1 << 30  # the planner's way to say that keys are not split
+
+_log = logging.getLogger("flashloom")
+
+
+class HopperExecutor(TritonExecutor):
+    """Executor of the Hopper kernel; see `executor.Executor`."""
+
+    name = "hopper"
+
+    @classmethod
+    def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
+        """Why it cannot serve this, in a few words, or None."""
+        if not installed():
+            return "Triton is not installed (flashloom[gpu])"
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+            return "it needs compute capability 9.0"
+        return asked.unsuitable(spec)
+
+    @classmethod
+    def declines(cls, spec: AttentionSpec, batch: Batch) -> str | None:
+        """Why another backend should take this batch, or None."""
+        page_size = batch.page_size if isinstance(batch.kv, PageTable) else 0
+        if page_size and page_size % config.LEAST_BOX:
+            return f"pages of {page_size} tokens do not consist of copies of {config.LEAST_BOX}"
+        if _mean(batch) * spec.heads.group <= FEW_ROWS:
+            return f"queries are few ({_mean(batch)} tokens per request on average)"
+        tokens = batch.max_q_len * batch.requests if batch.tokens is None else batch.tokens
+        tiles = -(-tokens * spec.heads.q_heads // config.BLOCK_M)
+        if tiles < FEW_TILES and not (batch.host and int(batch.kv_lens.max()) < LONG):
+            return f"{tiles} tiles of queries leave most of the GPU idle unless long keys are split"
+        return None
+
+    # --- planning ---
+
+    def plan(self, batch: Batch, reserve: Reserve | None) -> None:
+        """Choose the config, build the kernels, allocate the buffers and write the first partition."""
+        spec, heads = self.spec, self.spec.heads
+        self._paged, self._ragged = isinstance(batch.kv, PageTable), batch.ragged
+        self._table_page = batch.page_size
+        self._page = batch.page_size if self._paged else 0
+        if self._page % config.LEAST_BOX:
+            raise ValueError(
+                f"the Hopper kernel takes pages of a multiple of {config.LEAST_BOX} tokens, not {self._page}: use "
+                "another backend"
+            )
+        self._reserve, self._batch = reserve or Reserve(), batch
+        self.target = Target("sm90")
+        self._config = asked.choose(spec, _mean(batch), self._page)
+        self._programs = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._fixed, self._merge_ratio = UNSPLIT, 1.0
+        self._groups = heads.q_heads // self._config.pack
+        self._hopper: dict[Form, gluon.MapLaunch] = {}
+        self._maps = [gluon.TensorMaps(box, spec.q_dtype) for box in asked.boxes(spec, self._config)]
+        self._other: TritonExecutor | None = None
+        self._build()
+        self._staging = Staging(self.device)
+        self._grow(batch)
+        self.update(batch)
+
+    def _build(self) -> None:
+        form = Form(self.spec.out_dtype)
+        with ThreadPoolExecutor(2) as pool:
+            kernel = asked.plan_kernel(self.spec, self._config, self._paged, self.target)
+            planner = pool.submit(launch.launcher, kernel, self.device)
+            self._hopper[form] = self._attend(form)
+            self._planner = planner.result()
+
+    def _attend(self, form: Form) -> gluon.MapLaunch:
+        try:
+            kernel = asked.attend_kernel(self.spec, form, self._config, self._page, self.target)
+            return gluon.launcher(kernel, self.device)
+        except Exception as error:
+            triton = type(error).__module__.startswith("triton") or type(error) is RuntimeError
+            if not triton and not isinstance(error, (ImportError, AttributeError)):
+                raise
+            raise CannotBuild(f"this Triton cannot compile the kernel ({_first_line(error)})") from error
+
+    @classmethod
+    def kernels(
+        cls, spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int
+    ) -> list[TritonKernel]:
+        """What such plans need on a target; see `dispatch.kernels`."""
+        few = mean_q_len * spec.heads.group <= FEW_ROWS
+        if not installed() or target.name != "sm90" or asked.unsuitable(spec) or few or page_size % config.LEAST_BOX:
+            return []
+        chosen = asked.choose(spec, mean_q_len, page_size)
+        return [
+            asked.plan_kernel(spec, chosen, page_size > 0, target),
+            asked.attend_kernel(spec, Form(spec.out_dtype), chosen, page_size, target),
+        ]
+
+    def _grow(self, batch: Batch) -> None:
+        """Allocate buffers for the reserve, or for this batch where it leaves sizes open."""
+        requests = self._reserve.requests or batch.requests
+        tokens = self._reserve.tokens or (
+            batch.tokens if batch.tokens is not None else batch.max_q_len * batch.requests
+        )
+        pages = (self._reserve.pages or batch.pages.numel()) if self._paged else 0
+        items = tokens * self._config.pack // config.BLOCK_M + min(requests, tokens)
+        stride = -(-requests // PLAN_BLOCK) * PLAN_BLOCK or PLAN_BLOCK
+        self._sizes = Sizes(requests, tokens, pages, items, items, 0, stride)
+        self._buffers = Buffers(self._sizes, 1, config.BLOCK_M, self.spec.heads.value_dim, self.device)
+        self._counter = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self.workspace_size = self._buffers.bytes
+        place = {name: view.data_ptr() for name, view in self._buffers.views.items()}
+        self._run_buffers = (place["items"], place["pages"], self._counter.data_ptr())
+        self._plan_buffers = (place["items"], place["pages"], place["scratch"], self._buffers.error.data_ptr())
+        self._numbers = (items, int(self._ragged))
+        self._grid = min(self._programs, items * self._groups)
+
+    def update(self, batch: Batch) -> None:
+        """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""
+        super().update(batch)
+        self._batch = batch
+        if self._other is not None:
+            self._other.update(batch)
+
+    # --- running ---
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: KV,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        *,
+        sm_scale: float,
+        partial: bool,
+        values: tuple[Any, ...],
+    ) -> None:
+        """One launch; see `executor.Executor.run`."""
+        k, v = kv.k, kv.v
+        q0, q1, _ = q.stride()
+        o0, o1, _ = out.stride()
+        k0, k1, k2, _ = k.stride()
+        v0, v1, v2, _ = v.stride()
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        odd = places[0] | places[1] | places[2] | places[3] | 2 * (q0 | q1 | k0 | k1 | k2 | v0 | v1 | v2)
+        unfit = (odd | (o0 | o1) * out.element_size()) & 15 or not (q0 and q1 and k0 and k1 and k2 and v0 and v1 and v2)
+        if unfit or kv.k_scale is not None or kv.v_scale is not None or not k.numel():
+            self._otherwise(q, kv, out, lse, sm_scale, partial, values)
+            return
+        if self._buffers.error_words[0]:
+            self._buffers.raise_error(self._sizes)
+        if values is not self._values:
+            self._words, self._values = self._flat(values), values
+        form = Form(out.dtype, sm_scale < 0)
+        kernel = self._hopper.get(form)
+        if kernel is None:
+            kernel = self._hopper[form] = self._attend(form)
+        heads = self.spec.heads
+        if self._ragged:
+            k_sizes = v_sizes = (1, k.shape[0], heads.kv_heads)
+            k_strides, v_strides = (0, k0, k2), (0, v0, v2)
+        else:
+            k_sizes = v_sizes = (k.shape[0], k.shape[1], heads.kv_heads)
+            k_strides, v_strides = (k0, k1, k2), (v0, v1, v2)
+        q_map, k_map, v_map, out_map = self._maps
+        q_sizes = (q.shape[0], heads.q_heads)
+        maps = [
+            q_map.get(places[0], (*q_sizes, heads.dim), (q0, q1)),
+            k_map.get(places[1], (*k_sizes, heads.dim), k_strides),
+            v_map.get(places[2], (*v_sizes, heads.value_dim), v_strides),
+        ]
+        if out.dtype == q.dtype:
+            maps.append(out_map.get(places[3], (out.shape[0], heads.q_heads, heads.value_dim), (o0, o1)))
+        else:
+            maps.append(maps[0])  # not used
+        vector = 16 // out.element_size()
+        flags, l0, l1, lse_place = 2 * partial, 0, 0, 0
+        if lse is not None:
+            flags += 1
+            l0, l1 = lse.stride()
+            lse_place = lse.data_ptr()
+        kernel.launch(
+            self._grid,
+            maps,
+            (
+                places[3],
+                lse_place,
+                *self._run_buffers,
+                o0 // vector,
+                o1 // vector,
+                l0,
+                l1,
+                *self._numbers,
+                sm_scale,
+                flags,
+                *self._words,
+            ),
+        )
+
+    def _otherwise(self, q: Any, kv: KV, out: Any, lse: Any, sm_scale: float, partial: bool, values: Any) -> None:
+        """By the Triton kernels, which are built when they are first needed."""
+        if self._other is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise ValueError(
+                    "tensors that are not aligned to 16 bytes, or scaled keys, need other kernels than those of this "
+                    "plan: run it once before it is captured"
+                )
+            _log.warning(
+                "flashloom: rows that are not multiples of 16 bytes, or scaled keys, are computed by Triton kernels "
+                "instead of the Hopper kernel"
+            )
+            other = TritonExecutor(self.spec, self.device)
+            other.plan(self._batch, self._reserve)
+            self._other = other
+        self._other.run(q, kv, out, lse, sm_scale=sm_scale, partial=partial, values=values)
+
+    def explain(self) -> str:
+        """Which kernel and config serve this plan, and why."""
+        kind = f"paged by {self._page}" if self._page else "ragged" if self._ragged else "dense"
+        other = "" if self._other is None else f"; for unaligned or scaled tensors {self._other.explain()}"
+        return (
+            f"gluon {self.target}: rows x keys {self._config}; {kind} KV, longest first over {self._grid} programs; "
+            f"workspace {self.workspace_size} bytes{other}"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    """The innermost message, in one line: errors within a partition of a Gluon kernel arrive wrapped."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
+
+def _mean(batch: Batch) -> int:
+    """Query tokens of the mean request, or the known bound of the longest."""
+    return batch.max_q_len if batch.tokens is None else -(-batch.tokens // max(batch.requests, 1))

@@ -1,0 +1,325 @@
+"""The consumers of the Hopper kernel: warpgroups of 64 packed query rows each.
+
+A step multiplies the queries with one tile of keys while the weights of the tile before are multiplied with its
+values. The weights stay in registers as an operand. Two consumers take turns at the tensor cores (named barriers), so
+that one computes its softmax while the other multiplies.
+"""
+
+# ruff: noqa: SIM102
+from flashloom.attention.kernels.hopper.gluon import (
+    barrier,
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from flashloom.attention.kernels.hopper.schedule import (
+    BATCH,
+    END,
+    FULL_BEGIN,
+    FULL_END,
+    HEAD,
+    HIGH,
+    KV_LEN,
+    KV_START,
+    LIVE,
+    MASKED,
+    Q_LEN,
+    Q_START,
+    ROW,
+    TILES,
+    key_tile,
+    word,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+
+@jit
+def once_per_thread(TEXT: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    x = gl.full([128], 0, gl.int32, layout)  # one element in each thread
+    gl.inline_asm_elementwise(TEXT, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@jit
+def enter(NUMBER: gl.constexpr):
+    """Wait for this consumer's turn at the tensor cores. Triton's own code uses named barriers below 9."""
+    if NUMBER == 0:
+        once_per_thread("bar.sync 9, 256; mov.b32 $0, $1;")
+    else:
+        once_per_thread("bar.sync 10, 256; mov.b32 $0, $1;")
+
+
+@jit
+def leave(NUMBER: gl.constexpr):
+    """Give the turn to the other consumer."""
+    if NUMBER == 0:
+        once_per_thread("bar.arrive 10, 256; mov.b32 $0, $1;")
+    else:
+        once_per_thread("bar.arrive 9, 256; mov.b32 $0, $1;")
+
+
+@jit
+def weights(
+    s, top, total, tile, q_head, q_pos, sm_scale, at, values,
+    LOGITS: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, MASKED_TILE: gl.constexpr, BLOCK_N: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: (weights, factor for what was summed before, top, total) from the products s
+    [64, BLOCK_N]. `top` is kept in units of log2."""
+    batch, kv_head, q_len, kv_len, q_start, kv_start = at
+    scale = sm_scale * LOG2E
+    if LOGITS is not None or MASKED_TILE:
+        kv_pos = (tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)))[None, :]
+    if RAW:
+        scale = gl.maximum(scale, 1e-37)  # 0 must not meet -inf
+    else:
+        s = s * sm_scale
+        if LOGITS is not None:
+            s = LOGITS(s, batch, q_head, kv_head, q_pos, kv_pos, q_len, kv_len, q_start, kv_start, values) + gl.zeros(
+                s.shape, gl.float32, LAYOUT
+            )
+        scale = LOG2E
+    if MASKED_TILE:
+        keep = kv_pos < kv_len
+        if MASK is not None:
+            keep = keep & MASK(batch, q_head, kv_head, q_pos, kv_pos, q_len, kv_len, q_start, kv_start, values)
+        s = gl.where(keep, s, float("-inf"))
+    new_top = gl.maximum(top, gl.max(s, 1) * scale)
+    base = new_top
+    if MASKED_TILE or LOGITS is not None:
+        base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    p = gl.exp2(s * scale - base[:, None])
+    rescale = gl.exp2(top - base)
+    return p, rescale, new_top, total * rescale + gl.sum(p, 1)
+
+
+@jit
+def clear_rows(stage, first, end, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Zero the rows of a stage from position `end` on, so that a weight of 0 meets no NaN there."""
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 * 8 // WIDTH, WIDTH // 8] if WIDTH < 256 else [1, 32], [4, 1], [1, 0]
+    )
+    for i in gl.static_range(BLOCK_N // 16):
+        if first + i * 16 + 16 > end:
+            part = stage.slice(i * 16, 16, dim=0)
+            position = first + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
+            x = part.load(layout)
+            part.store(gl.where((position < end)[:, None], x, gl.zeros([16, WIDTH], x.dtype, layout)))
+    fence_async_shared()
+    barrier()
+
+
+@jit
+def run_tiles(
+    first, last, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked, high, end,
+    full_begin, full_end, q_head, q_pos, sm_scale, at, values,
+    LOGITS: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, MASKED_TILES: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Steps first to last of a tile; `p16` are the weights of the step before."""
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    for i in range(first, last):
+        before = step % STAGES
+        step += 1
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        enter(NUMBER)
+        s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
+        acc = warpgroup_mma(p16, v_smem.index(before), acc, is_async=True)
+        leave(NUMBER)
+        s = warpgroup_mma_wait(1, deps=[s])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        tile = key_tile(i, masked, high, end, full_begin, full_end)
+        p, rescale, top, total = weights(
+            s, top, total, tile, q_head, q_pos, sm_scale, at, values, LOGITS, MASK, RAW, MASKED_TILES, BLOCK_N,
+            S_LAYOUT,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(before), count=1)
+        acc = warpgroup_mma_init(
+            acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)[:, None]
+        )
+        p16 = gl.convert_layout(p.to(k_smem.dtype), P_LAYOUT)
+    return step, acc, p16, top, total
+
+
+@jit
+def store_rows(
+    x, out, first, last, q_start, head, out_token, out_head, PACK: gl.constexpr, WIDTH: gl.constexpr,
+    VEC: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Store x [64, *], packed rows `first` and on, as far as there are rows (last) and columns (WIDTH). The strides
+    count vectors of VEC elements."""
+    row = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+    where = (q_start + row // PACK).to(gl.int64) * out_token + (head * PACK + row % PACK).to(gl.int64) * out_head
+    inside = (row < last)[:, None]
+    if x.shape[1] > WIDTH:
+        inside = inside & (column < WIDTH)[None, :]
+    gl.store(out + (where * VEC)[:, None] + column[None, :], x.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def store_lse(x, lse, row, last, q_start, head, lse_token, lse_head, PACK: gl.constexpr):
+    where = (q_start + row // PACK).to(gl.int64) * lse_token + (head * PACK + row % PACK).to(gl.int64) * lse_head
+    gl.store(lse + where, x, mask=row < last)
+
+
+@jit
+def consumer(
+    out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
+    NUMBER: gl.constexpr, LOGITS: gl.constexpr, MASK: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, VALUE_DIM: gl.constexpr,
+    OUT_MAP: gl.constexpr, REUSE_Q: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Rows NUMBER * 64 and on of every tile in the ring. flags: bit 0 store lse, bit 1 partial."""
+    VEC: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
+    WIDTH: gl.constexpr = v_smem.shape[2]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    out_layout: gl.constexpr = gl.BlockedLayout(
+        [1, 8], [32 * 8 // WIDTH, WIDTH // 8] if WIDTH < 256 else [1, 32], [4, 1], [1, 0]
+    )
+    q = q_smem.index(NUMBER)
+    o = o_smem.index(NUMBER)
+    turn = 0
+    used = 0  # query tiles
+    step = 0  # key tiles
+    if NUMBER == 1:
+        leave(1)
+    mbarrier.wait(ring_full.index(0), 0)
+    live = word(ring, 0, LIVE, RING)
+    while live > 0:
+        tiles = word(ring, turn, TILES, RING)
+        batch = word(ring, turn, BATCH, RING)
+        q_start = word(ring, turn, Q_START, RING)
+        q_len = word(ring, turn, Q_LEN, RING)
+        kv_len = word(ring, turn, KV_LEN, RING)
+        kv_start = word(ring, turn, KV_START, RING)
+        first = word(ring, turn, ROW, RING) + NUMBER * 64
+        head = word(ring, turn, HEAD, RING)
+        masked = word(ring, turn, MASKED, RING)
+        high = word(ring, turn, HIGH, RING)
+        end = word(ring, turn, END, RING)
+        full_begin = word(ring, turn, FULL_BEGIN, RING)
+        full_end = word(ring, turn, FULL_END, RING)
+        mbarrier.arrive(ring_empty.index(turn % RING), count=1)
+        last = q_len * PACK
+        row = first + gl.arange(0, 64, row_layout)
+        if tiles > 0:
+            kv_head = head * PACK // GROUP
+            at = (batch, kv_head, q_len, kv_len, q_start, kv_start)
+            inner = gl.minimum(row, last - 1)  # hooks see rows that exist
+            q_pos = (kv_len - q_len + inner // PACK)[:, None]
+            if PACK == 1:
+                q_head = head
+            else:
+                q_head = (head * PACK + inner % PACK)[:, None]
+            mbarrier.wait(q_full.index(NUMBER), used & 1)
+            stage = step % STAGES
+            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            enter(NUMBER)
+            s = warpgroup_mma(
+                q, k_smem.index(stage).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False,
+                is_async=True,
+            )  # fmt: skip
+            leave(NUMBER)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            tile = key_tile(0, masked, high, end, full_begin, full_end)
+            top = gl.full([64], float("-inf"), gl.float32, row_layout)
+            p, _rescale, top, total = weights(
+                s, top, gl.zeros([64], gl.float32, row_layout), tile, q_head, q_pos, sm_scale, at, values, LOGITS,
+                MASK, RAW, True, BLOCK_N, s_layout,
+            )  # fmt: skip
+            p16 = gl.convert_layout(p.to(k_smem.dtype), p_layout)
+            if tile * BLOCK_N + BLOCK_N > kv_len:
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, WIDTH, BLOCK_N)
+            acc = warpgroup_mma_init(gl.zeros([64, WIDTH], gl.float32, o_layout))
+            if MASK is not None:
+                step, acc, p16, top, total = run_tiles(
+                    1, masked, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked,
+                    high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, LOGITS, MASK, RAW, True,
+                    BLOCK_N, STAGES, NUMBER, s_layout, o_layout, p_layout,
+                )  # fmt: skip
+            step, acc, p16, top, total = run_tiles(
+                gl.maximum(masked, 1), tiles, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full,
+                v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, LOGITS, MASK,
+                RAW, False, BLOCK_N, STAGES, NUMBER, s_layout, o_layout, p_layout,
+            )  # fmt: skip
+            if not REUSE_Q:
+                mbarrier.arrive(q_empty.index(NUMBER), count=1)
+            stage = step % STAGES
+            mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+            acc = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            if OUT_MAP and not REUSE_Q:
+                tma_store_wait(0)  # the arrival below is a barrier: nobody writes the buffer before it has been read
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            step += 1
+            used += 1
+
+            empty = total == 0.0
+            whole = gl.where(empty, 1.0, total)
+            level = gl.where(empty, float("-inf"), (top + gl.log2(whole)) * LN2)
+            result = acc * gl.convert_layout(1.0 / whole, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
+            if OUTPUT is not None:
+                if flags & 2 == 0:
+                    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+                    o_level = gl.convert_layout(level, o_row, assert_trivial=True)[:, None]
+                    o_inner = gl.minimum(first + gl.arange(0, 64, o_row), last - 1)
+                    if PACK == 1:
+                        o_head = head
+                    else:
+                        o_head = (head * PACK + o_inner % PACK)[:, None]
+                    o_dim = gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout))[None, :]
+                    result = OUTPUT(
+                        result, o_level, batch, o_head, kv_head, (kv_len - q_len + o_inner // PACK)[:, None], q_len,
+                        kv_len, q_start, kv_start, o_dim, values,
+                    ) + gl.zeros([64, WIDTH], gl.float32, o_layout)  # fmt: skip
+                    result = gl.where(o_level == float("-inf"), 0.0, result)
+            if flags & 1:
+                store_lse(level, lse, row, last, q_start, head, lse_token, lse_head, PACK)
+            if OUT_MAP:
+                o.store(result.to(k_smem.dtype))
+                fence_async_shared()
+                barrier()
+                if first + 64 <= last:
+                    tma_store(out_map, [q_start + first // PACK, head * PACK, 0], o)
+                else:
+                    x = o.load(out_layout)
+                    store_rows(
+                        x, out, first, last, q_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout
+                    )
+            else:
+                store_rows(result, out, first, last, q_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, o_layout)
+            if REUSE_Q:
+                tma_store_wait(0)
+                mbarrier.arrive(q_empty.index(NUMBER), count=1)
+        else:
+            if flags & 1:
+                store_lse(
+                    gl.full([64], float("-inf"), gl.float32, row_layout), lse, row, last, q_start, head, lse_token,
+                    lse_head, PACK,
+                )  # fmt: skip
+            nothing = gl.zeros([64, WIDTH], gl.float32, out_layout)
+            store_rows(nothing, out, first, last, q_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout)
+        turn += 1
+        mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)
+        live = word(ring, turn, LIVE, RING)
+    tma_store_wait(0)
+    if NUMBER == 0:
+        enter(0)

@@ -1,0 +1,32 @@
+"""The part of Gluon that the kernels use, under one set of names: Triton 3.9 renamed some of them."""
+
+from triton.experimental import gluon as _gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.language.nvidia.hopper import tma as _tma
+
+__all__ = [
+    "barrier",
+    "fence_async_shared",
+    "gl",
+    "jit",
+    "mbarrier",
+    "tma_load",
+    "tma_store",
+    "tma_store_wait",
+    "warpgroup_mma",
+    "warpgroup_mma_init",
+    "warpgroup_mma_wait",
+]
+
+jit = _gluon.jit
+tma_load = _tma.async_load if hasattr(_tma, "async_load") else _tma.async_copy_global_to_shared
+tma_store = _tma.async_store if hasattr(_tma, "async_store") else _tma.async_copy_shared_to_global
+tma_store_wait = _tma.store_wait
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

@@ -1,0 +1,169 @@
+"""The scheduler of the Hopper kernel: one warp that takes tiles of work and says what the other warps need to know.
+
+A tile is an item of the plan (`kernels/triton/plan.py` writes them: a block of packed query rows of one request) for
+one group of heads. Tiles come from a counter in memory, in the plan's order, which is longest first; so a program that
+is done early takes the next. The scheduler also asks the variant which key tiles matter. Its answer goes through a
+small ring in shared memory, ahead of the warps that read it.
+"""
+
+from flashloom.attention.kernels.hopper.gluon import gl, jit, mbarrier
+
+WORDS = gl.constexpr(16)  # of a tile in the ring, and of an item
+LIVE = gl.constexpr(0)  # 1, or 0 after the last tile
+BATCH = gl.constexpr(1)
+Q_START = gl.constexpr(2)
+Q_LEN = gl.constexpr(3)
+KV_LEN = gl.constexpr(4)
+KV_START = gl.constexpr(5)
+ROW = gl.constexpr(6)  # first packed row
+HEAD = gl.constexpr(7)  # group of packed heads
+PAGE = gl.constexpr(8)  # first entry in the page table; without one, the page
+TOKEN = gl.constexpr(9)  # first token within that page
+TILES = gl.constexpr(10)  # key tiles to visit
+MASKED = gl.constexpr(11)  # so many of them, the first ones, need the mask
+HIGH = gl.constexpr(12)  # so many of the masked ones lie above the others
+END = gl.constexpr(13)  # one past the last key tile
+FULL_BEGIN = gl.constexpr(14)  # the key tiles that need no mask
+FULL_END = gl.constexpr(15)
+
+
+@jit
+def word(ring, turn, which: gl.constexpr, RING: gl.constexpr):
+    """A word of the tile in a slot of the ring, a scalar."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(ring.index((turn % RING) * WORDS + which).load(one), 0)
+
+
+@jit
+def put(ring, turn, which: gl.constexpr, value, RING: gl.constexpr):
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    ring.index((turn % RING) * WORDS + which).store(gl.full([1], value, gl.int32, one))
+
+
+@jit
+def key_tile(i, masked, high, end, full_begin, full_end):
+    """The i-th key tile to visit: masked ones above the full run, masked ones below it, then the full run, each from
+    the last key back. The tile with the end of the keys is the first, if it is visited at all."""
+    below = full_begin - 1 - (i - high)
+    full = full_end - 1 - (i - masked)
+    return gl.where(i < high, end - 1 - i, gl.where(i < masked, below, full))
+
+
+@jit
+def kept_range(
+    last, q_pos_lo, q_pos_hi, head_lo, head_hi, kv_head, batch, q_len, kv_len, q_start, kv_start, values,
+    BOUNDS: gl.constexpr, BLOCK_N: gl.constexpr, SCAN: gl.constexpr,
+):  # fmt: skip
+    """Of the key tiles 0 to last: (begin, end) of those with any key kept, and (full_begin, full_end), a run of tiles
+    that need no mask. SCAN tiles are judged at a time; 0: one by one, for verdicts that read tensors."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    begin = 0
+    end = last
+    full_begin = 0
+    full_end = kv_len // BLOCK_N
+    if BOUNDS is not None:
+        all_kept, _ = BOUNDS(
+            batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, 0, kv_len - 1, q_len, kv_len, q_start, kv_start,
+            values,
+        )  # fmt: skip
+        if not all_kept:
+            begin = last
+            end = 0
+            full_begin = last
+            full_end = last
+            if SCAN == 0:
+                for tile in range(last):
+                    low = tile * BLOCK_N
+                    high = gl.minimum(low + BLOCK_N, kv_len)
+                    full, some = BOUNDS(
+                        batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, low, high - 1, q_len, kv_len, q_start,
+                        kv_start, values,
+                    )  # fmt: skip
+                    begin = gl.where(some, gl.minimum(begin, tile), begin)
+                    end = gl.where(some, tile + 1, end)
+                    whole = full & (high - low == BLOCK_N)
+                    full_begin = gl.where(whole, gl.minimum(full_begin, tile), full_begin)
+                    full_end = gl.where((tile > full_begin) & (whole == 0), gl.minimum(full_end, tile), full_end)
+            else:
+                for first in range(0, last, SCAN):
+                    tile = first + gl.arange(0, SCAN, layout)
+                    low = tile * BLOCK_N
+                    full, some = BOUNDS(
+                        batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, low,
+                        gl.minimum(low + BLOCK_N, kv_len) - 1, q_len, kv_len, q_start, kv_start, values,
+                    )  # fmt: skip
+                    some = some & (tile < last)
+                    full = full & (low + BLOCK_N <= kv_len)
+                    begin = gl.minimum(begin, gl.min(gl.where(some, tile, last), 0))
+                    end = gl.maximum(end, gl.max(gl.where(some, tile + 1, 0), 0))
+                    full_begin = gl.minimum(full_begin, gl.min(gl.where(full, tile, last), 0))
+                    full_end = gl.minimum(full_end, gl.min(gl.where((tile > full_begin) & (full == 0), tile, last), 0))
+            end = gl.maximum(begin, end)
+            full_begin = gl.minimum(full_begin, end)
+            full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
+    return begin, end, full_begin, full_end
+
+
+@jit
+def scheduler(
+    items, counter, ring, ring_full, ring_empty, n_items, ragged, values,
+    BOUNDS: gl.constexpr, SCAN: gl.constexpr, HEADS: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """Take tiles until there are none: all groups of heads of an item, then the next item. counter int32 [2], zero
+    before and after: tiles taken, programs done."""
+    total = n_items * HEADS
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < total:
+        number = tile // HEADS
+        head = tile % HEADS
+        item = items + number.to(gl.int64) * WORDS
+        batch = gl.load(item)
+        if batch >= 0:
+            q_start = gl.load(item + 1)
+            q_len = gl.load(item + 2)
+            kv_len = gl.load(item + 3)
+            kv_start = gl.load(item + 4)
+            row = gl.load(item + 5)
+            page = gl.load(item + 8)
+            token = 0
+            if not PAGED:
+                first = gl.load(item + 9)
+                page = gl.where(ragged > 0, 0, first)
+                token = gl.where(ragged > 0, first, 0)
+            rows = gl.minimum(q_len * PACK - row, BLOCK_M)
+            q_pos = kv_len - q_len + row // PACK
+            begin, end, full_begin, full_end = kept_range(
+                (kv_len + BLOCK_N - 1) // BLOCK_N, q_pos, kv_len - q_len + (row + rows - 1) // PACK, head * PACK,
+                head * PACK + PACK - 1, head * PACK // GROUP, batch, q_len, kv_len, q_start, kv_start, values, BOUNDS,
+                BLOCK_N, SCAN,
+            )  # fmt: skip
+            mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
+            put(ring, turn, LIVE, 1, RING)
+            put(ring, turn, BATCH, batch, RING)
+            put(ring, turn, Q_START, q_start, RING)
+            put(ring, turn, Q_LEN, q_len, RING)
+            put(ring, turn, KV_LEN, kv_len, RING)
+            put(ring, turn, KV_START, kv_start, RING)
+            put(ring, turn, ROW, row, RING)
+            put(ring, turn, HEAD, head, RING)
+            put(ring, turn, PAGE, page, RING)
+            put(ring, turn, TOKEN, token, RING)
+            put(ring, turn, TILES, end - begin, RING)
+            put(ring, turn, MASKED, end - begin - (full_end - full_begin), RING)
+            put(ring, turn, HIGH, end - full_end, RING)
+            put(ring, turn, END, end, RING)
+            put(ring, turn, FULL_BEGIN, full_begin, RING)
+            put(ring, turn, FULL_END, full_end, RING)
+            mbarrier.arrive(ring_full.index(turn % RING), count=1)
+            turn += 1
+        tile = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        if batch < 0:  # items that the batch does not need lie at the end
+            tile = total
+    mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
+    put(ring, turn, LIVE, 0, RING)
+    mbarrier.arrive(ring_full.index(turn % RING), count=1)
+    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:  # the last program leaves the counters at zero
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)

@@ -1,0 +1,83 @@
+"""The Hopper kernel compiled for sm_90 without a GPU: what the binary must look like."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashloom as fl
+from flashloom.attention.executor import AttentionSpec
+from flashloom.target import Target
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from flashloom.attention.kernels.hopper import asked, config  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+BF16, F16 = torch.bfloat16, torch.float16
+H = fl.HeadShape
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One binary: wgmma instructions are those of the first tile, the loops and the last values, for two consumers."""
+
+    name: str
+    heads: fl.HeadShape
+    variant: fl.Variant
+    dtype: torch.dtype = BF16
+    page_size: int = 0
+    mean_q_len: int = 1024
+    out: torch.dtype | None = None
+    stack: int = 0  # bytes that may be kept there: numbers of the whole kernel, read again once per tile
+
+    def __str__(self) -> str:
+        return self.name
+
+    def products(self, chosen: config.Config) -> int:
+        dim, value_dim = config.width(self.heads.dim), config.width(self.heads.value_dim)
+        keys, values = dim // 16, chosen.block_n // 16
+        loops = 1 if self.variant.program.mask is None else 2
+        return 2 * ((1 + loops) * (keys + values)) * max(1, value_dim // 256)
+
+
+KERNELS = [
+    Kernel("causal", H(32, 8, 128), fl.causal),
+    Kernel("full, float16, pages of 16", H(32, 8, 128), fl.full, F16, page_size=16),
+    Kernel("packed heads", H(32, 8, 128), fl.causal, page_size=64, mean_q_len=60),
+    Kernel("narrow, window, soft cap", H(8, 8, 64), fl.causal & fl.sliding_window(255) & fl.softcap(30.0)),
+    Kernel("wide", H(8, 8, 256), fl.causal, stack=16),
+    Kernel("keys wider than values, sink", H(8, 8, 192, 128), fl.causal & fl.sink(torch.zeros(8))),
+    Kernel("ALiBi into float32", H(16, 16, 128), fl.causal & fl.alibi(16), out=torch.float32),
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_binary(kernel, tmp_path):
+    heads = kernel.heads
+    program = kernel.variant.program.specialise(heads.dim, heads.value_dim)
+    spec = AttentionSpec(heads, program, kernel.dtype, kernel.dtype)
+    assert asked.unsuitable(spec) is None
+    chosen = asked.choose(spec, kernel.mean_q_len, kernel.page_size)
+    form = asked.Form(kernel.out or kernel.dtype)
+    stages, metadata = asked.attend_kernel(spec, form, chosen, kernel.page_size, Target("sm90")).compile()
+    assert metadata["num_warps"] == 12
+    assert metadata["shared"] <= 227 << 10
+    assert not metadata["global_scratch_size"]
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(stages["cubin"])
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"REG:168 STACK:(\d+) .*LOCAL:0", usage)
+    assert found, usage
+    assert int(found[1]) <= kernel.stack, f"registers are spilled: {usage}"
+    sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    assert bool(re.search(r"\b(LDL|STL)\b", sass)) <= bool(kernel.stack)
+    assert len(re.findall(r"\bHGMMA\b", sass)) == kernel.products(chosen)
+    assert len(re.findall(r"\bUSETMAXREG\b", sass)) >= 4, "the assembler ignored the consumers' registers"

@@ -1,0 +1,106 @@
+"""The Hopper backend on a GPU against the definition, and what a plan promises. `make test-gpu`."""
+
+import pytest
+import torch
+from tests.triton.cases import BF16, F16, Case, H, alibi, causal, check, gemma, holes, sinks
+
+import flashloom as fl
+from flashloom import dispatch
+from flashloom.attention.reference import attention_reference
+
+HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HERE, reason="needs a GPU of compute capability 9.0")]
+G = H(32, 8, 128)
+CASES = [
+    Case([1, 2, 3, 129, 127, 64, 65, 5], [1, 2, 3, 129, 127, 64, 65, 5], G, BF16, kind="ragged", variant=causal),
+    Case([500, 7, 0, 260], [100, 900, 0, 260], G, F16, kind="ragged", variant=causal),
+    Case([1500, 700], [1500, 2300], H(16, 16, 128), BF16, kind="dense", variant=causal),
+    Case([300, 40, 700], [1300, 2040, 701], G, F16, page_size=8, variant=causal),
+    Case([300, 1000], [300, 1500], G, BF16, page_size=48, layout="HND", variant=gemma),
+    Case([30, 50, 100], [333, 1500, 5000], G, BF16, page_size=16, variant=alibi, on_device=True),
+    Case([90, 50], [333, 1500], H(24, 4, 128), BF16, page_size=256),
+    Case([300, 500], [300, 1000], H(8, 2, 64), BF16, page_size=16, variant=sinks),
+    Case([300, 500], [300, 1000], H(8, 2, 256), F16, kind="ragged", variant=causal),
+    Case([300, 500], [300, 1000], H(8, 8, 192, 128), BF16, kind="ragged", variant=causal),
+    Case([300], [900], H(8, 4, 80), BF16, kind="ragged", variant=holes),
+    Case([900], [900], G, BF16, kind="ragged", variant=causal, sm_scale=-0.1),
+    Case([300, 600], [300, 1500], G, BF16, kind="ragged", variant=sinks, partial=True),
+    Case([300], [300], H(5, 1, 128), BF16, page_size=16, odd_strides=True, variant=causal),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_reference(case):
+    print(check(case, "cuda", "hopper"))
+
+
+def _error(got, want):
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F16])
+def test_out_of_another_dtype(dtype):
+    batch = fl.Batch([300, 77], kv=fl.RaggedKV([300, 500]))
+    q, k, v = (torch.randn(n, h, 128, device="cuda", dtype=BF16) for n, h in ((377, 32), (800, 8), (800, 8)))
+    plan = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(batch)
+    assert plan.executor == "hopper"
+    out = torch.full((377, 32, 128), float("nan"), device="cuda", dtype=dtype)
+    plan.run(q, (k, v), out=out)
+    want, _ = attention_reference(q, k, v, batch, fl.causal)
+    assert _error(out, want) < 5e-3
+
+
+def test_update_and_replay():
+    """A captured run follows updates within the reserve, also from device tensors in the graph."""
+    cache = torch.randn(2, 400, 16, 8, 128, device="cuda", dtype=BF16)
+    q = torch.randn(1024, 32, 128, device="cuda", dtype=BF16)
+    out = torch.empty_like(q)
+
+    def batch(q_lens, kv_lens):
+        table = torch.randperm(400)[: sum(-(-n // 16) for n in kv_lens)].int()
+        needs = torch.tensor([0, *[-(-n // 16) for n in kv_lens]]).cumsum(0)
+        last = [n - (-(-n // 16) - 1) * 16 for n in kv_lens]
+        return fl.Batch(q_lens, kv=fl.PageTable.from_csr(needs, table, last, page_size=16))
+
+    first, second = batch([900, 100], [900, 2000]), batch([3, 500, 200], [1000, 500, 777])
+    attn = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda")
+    plan = attn.plan(first, reserve=fl.Reserve(requests=8, tokens=1024, pages=400))
+    assert plan.executor == "hopper"
+    plan.run(q, tuple(cache), out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(q, tuple(cache), out=out)
+    for now in (second, first, second):
+        plan.update(now)
+        out.fill_(float("nan"))
+        graph.replay()
+        tokens = now.tokens
+        want, _ = attention_reference(q[:tokens], cache[0], cache[1], now, fl.causal)
+        assert _error(out[:tokens], want) < 5e-3
+        assert out[tokens:].isnan().all()
+
+
+def test_dispatch_says_why():
+    attn = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda")
+    decode = attn.plan(fl.Batch.decode(fl.RaggedKV([500] * 4)))
+    assert decode.executor == "triton"
+    assert "not hopper: queries are few" in decode.explain()
+    assert "gluon sm90" in attn.plan(fl.Batch([2000], kv=fl.RaggedKV([2000]))).explain()
+    rope = fl.rope(128, inv_freq=fl.rope_frequencies(128).cuda())
+    turned = fl.Attention(G, variant=rope, dtype=BF16, device="cuda").plan(fl.Batch([99], kv=fl.RaggedKV([99])))
+    assert "not hopper: query and key transforms" in turned.explain()
+
+
+def test_kernel_that_cannot_be_built(monkeypatch):
+    from flashloom.attention.kernels.hopper import asked
+
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(asked, "attend_kernel", fail)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    attn = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda")
+    with pytest.warns(RuntimeWarning, match="passes over its hopper backend"):
+        plan = attn.plan(fl.Batch([2000], kv=fl.RaggedKV([2000])))
+    assert plan.executor == "triton"
+    assert "PassManager" in plan.explain()
