@@ -84,7 +84,7 @@ def _check(jobs, tmp_path, monkeypatch):
             shared, registers, stack, limit = result.result()
             assert shared <= limit, f"{job}: {shared} bytes of shared memory"
             # a few registers may be saved around the loops; what a loop uses must stay in registers
-            assert stack <= 32 or job[1].latent_value, f"{job}: {stack} bytes of stack with {registers} registers"
+            assert stack <= 128 or job[1].latent_value, f"{job}: {stack} bytes of stack with {registers} registers"
 
 
 def _in_folder(folder, job):

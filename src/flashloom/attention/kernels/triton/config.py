@@ -148,16 +148,18 @@ def choose(need: Need) -> Config:
         config = Config(
             16 if rows == 16 else 32, 32 if wide <= 256 else 16, 4 if rows == 16 and wide <= 128 else 8, 2, 1
         )
-    elif wide > 256 and rows >= 64 and (need.pairs >= PAIRS[0] or need.invariant):
+    elif wide > 256 and rows >= 64 and need.capability < 100 and (need.pairs >= PAIRS[0] or need.invariant):
         config = Config(64, 64, 8, 2, 1)
     elif wide > 256:
         config = Config(16, 64 if need.latent else 32, 4, 2, 1)
     elif need.key_transform:
         config = Config(min(rows, 64), 32, 4 if rows == 16 else 8, 2, 1)
+    elif rows >= 64 and need.kv_bytes == 1 and need.capability < 89:  # float8 is taken apart bit by bit
+        config = Config(64, 32, 8, 2, 1)
     elif rows == 128 and wide <= 128:
         config = Config(128, 64, 8, 3, 1)
     elif rows >= 64:
-        config = Config(64, 64, 4 if wide <= 128 else 8, 3, 2 if wide <= 128 else 1)
+        config = Config(64, 64, 4, 3, 2) if wide <= 128 else Config(64, 64, 8, 2, 1)
     elif wide > 128 or rows > 16:
         config = Config(rows, 64 if wide <= 128 else 32, 4, 3, 2)
     elif need.kv_bytes == 1:
