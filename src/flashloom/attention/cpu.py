@@ -58,7 +58,8 @@ def source(spec: AttentionSpec) -> str:
     )
     variant = render(spec.program, heads.dim, heads.value_dim)
     body = f"namespace flashloom {{\n\n{config}\n{variant}\n}}  // namespace flashloom\n"
-    return f'#include "attention.h"\n\n{body}\nFL_ATTENTION\n'
+    coarse = "#define FL_COARSE 1\n" if spec.q_dtype.itemsize <= 2 else ""  # what 16-bit queries need of tanh (vmath.h)
+    return f'{coarse}#include "attention.h"\n\n{body}\nFL_ATTENTION\n'
 
 
 def kernel(spec: AttentionSpec, target: Target) -> cpp.CppKernel:

@@ -33,41 +33,39 @@ struct TileScope {
   }
 };
 
-// acc += A B. A streams from L2 and is hinted past L1 (tileloaddt1), so that B and the accumulators' memory stay there.
-FL_INLINE void tiles_multiply(const char* a, const char* b) {
-  asm volatile(
-      "tileloaddt1 (%0,%2,1), %%tmm4\n\ttileloadd (%1,%2,1), %%tmm6\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
-      "tileloadd 1024(%1,%2,1), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
-      "tileloaddt1 1024(%0,%2,1), %%tmm5\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
-      "r"(b), "r"(64L)
-      : "memory");
+// acc += A B in four parts, so that a caller can put other work between them: operands<I>, then product<I> for I = 0..3.
+// A streams from L2 and is hinted past L1 (tileloaddt1), so that B and the accumulators' memory stay there.
+template <int I> FL_INLINE void tile_operands(const char* a, const char* b) {
+  if constexpr (I == 0)
+    asm volatile("tileloaddt1 (%0,%2,1), %%tmm4\n\ttileloadd (%1,%2,1), %%tmm6" ::"r"(a), "r"(b), "r"(64L) : "memory");
+  if constexpr (I == 1) asm volatile("tileloadd 1024(%0,%1,1), %%tmm7" ::"r"(b), "r"(64L) : "memory");
+  if constexpr (I == 2) asm volatile("tileloaddt1 1024(%0,%1,1), %%tmm5" ::"r"(a), "r"(64L) : "memory");
 }
-// The accumulators go to `done`, then acc = A B: each store hides behind the products of the next accumulator (a fifth faster
-// than storing all four and starting over).
-FL_INLINE void tiles_multiply_new(const char* a, const char* b, char* done) {
-  asm volatile(
-      "tileloaddt1 (%0,%2,1), %%tmm4\n\ttileloadd (%1,%2,1), %%tmm6\n\t"
-      "tilestored %%tmm0, (%3,%2,1)\n\ttilezero %%tmm0\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
-      "tileloadd 1024(%1,%2,1), %%tmm7\n\t"
-      "tilestored %%tmm1, 2048(%3,%2,1)\n\ttilezero %%tmm1\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
-      "tileloaddt1 1024(%0,%2,1), %%tmm5\n\t"
-      "tilestored %%tmm2, 1024(%3,%2,1)\n\ttilezero %%tmm2\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
-      "tilestored %%tmm3, 3072(%3,%2,1)\n\ttilezero %%tmm3\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
-      "r"(b), "r"(64L), "r"(done)
-      : "memory");
+template <int I> FL_INLINE void tile_product() {
+  if constexpr (I == 0) asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0" ::: "memory");
+  if constexpr (I == 1) asm volatile("tdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::: "memory");
+  if constexpr (I == 2) asm volatile("tdpbf16ps %%tmm6, %%tmm5, %%tmm2" ::: "memory");
+  if constexpr (I == 3) asm volatile("tdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::: "memory");
 }
-// The accumulators go to `done`, then acc = what lies at `acc` + A B.
-FL_INLINE void tiles_multiply_onto(const char* a, const char* b, char* done, const char* acc) {
-  asm volatile(
-      "tileloaddt1 (%0,%2,1), %%tmm4\n\ttileloadd (%1,%2,1), %%tmm6\n\t"
-      "tilestored %%tmm0, (%3,%2,1)\n\ttileloadd (%4,%2,1), %%tmm0\n\ttdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\t"
-      "tileloadd 1024(%1,%2,1), %%tmm7\n\t"
-      "tilestored %%tmm1, 2048(%3,%2,1)\n\ttileloadd 2048(%4,%2,1), %%tmm1\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1\n\t"
-      "tileloaddt1 1024(%0,%2,1), %%tmm5\n\t"
-      "tilestored %%tmm2, 1024(%3,%2,1)\n\ttileloadd 1024(%4,%2,1), %%tmm2\n\ttdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\t"
-      "tilestored %%tmm3, 3072(%3,%2,1)\n\ttileloadd 3072(%4,%2,1), %%tmm3\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::"r"(a),
-      "r"(b), "r"(64L), "r"(done), "r"(acc)
-      : "memory");
+// Accumulator I goes to its place in `done`, and starts from its place in `acc` or (null) from zero. Between operands and
+// product the store hides behind the products of the other accumulators (a fifth faster than storing all four at the end).
+template <int I> FL_INLINE void tile_restart(char* done, const char* acc) {
+  constexpr int AT = I == 0 ? 0 : I == 1 ? 2 * TILE : I == 2 ? TILE : 3 * TILE;
+  if constexpr (I == 0) asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(done + AT), "r"(64L) : "memory");
+  if constexpr (I == 1) asm volatile("tilestored %%tmm1, (%0,%1,1)" ::"r"(done + AT), "r"(64L) : "memory");
+  if constexpr (I == 2) asm volatile("tilestored %%tmm2, (%0,%1,1)" ::"r"(done + AT), "r"(64L) : "memory");
+  if constexpr (I == 3) asm volatile("tilestored %%tmm3, (%0,%1,1)" ::"r"(done + AT), "r"(64L) : "memory");
+  if (acc) {
+    if constexpr (I == 0) asm volatile("tileloadd (%0,%1,1), %%tmm0" ::"r"(acc + AT), "r"(64L) : "memory");
+    if constexpr (I == 1) asm volatile("tileloadd (%0,%1,1), %%tmm1" ::"r"(acc + AT), "r"(64L) : "memory");
+    if constexpr (I == 2) asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(acc + AT), "r"(64L) : "memory");
+    if constexpr (I == 3) asm volatile("tileloadd (%0,%1,1), %%tmm3" ::"r"(acc + AT), "r"(64L) : "memory");
+  } else {
+    if constexpr (I == 0) asm volatile("tilezero %%tmm0" ::: "memory");
+    if constexpr (I == 1) asm volatile("tilezero %%tmm1" ::: "memory");
+    if constexpr (I == 2) asm volatile("tilezero %%tmm2" ::: "memory");
+    if constexpr (I == 3) asm volatile("tilezero %%tmm3" ::: "memory");
+  }
 }
 FL_INLINE void tiles_store(char* done) {
   asm volatile(
@@ -108,6 +106,12 @@ FL_INLINE vw pair_bf16(vf a, vf b) {
   vw r = join_bf16(a, b);
   return __builtin_shufflevector(r, r, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27,
                                  12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// sum += both halves of each dword
+FL_INLINE void add_pairs(vf& sum, vw pairs) {
+  const vi ones = bc((int32_t)0x3f803f80);
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(ones));
 }
 
 // In place: the transpose of a 16 x 16 matrix of dwords, one vector per row.

@@ -45,8 +45,10 @@ template <class C, class V> struct Packer {
   static FL_OUTLINE void transposed(const uint16_t* const* from, char* to) {
     for (int d = 0; d < DK; d++) {
       vi x[16];
+#pragma GCC unroll 4
       for (int i = 0; i < 16; i++) x[i] = *(const vi_u*)(from[i] + d * 32);
       transpose16(x);
+#pragma GCC unroll 4
       for (int i = 0; i < 16; i++) *(vi*)(to + d * 2 * TILE + i * 64) = x[i];
     }
   }
@@ -121,6 +123,7 @@ template <class C, class V> struct Packer {
     }
     for (int d = 0; d < DV; d++) {
       vi lo[16], hi[16];
+#pragma GCC unroll 4
       for (int j = 0; j < 16; j++) {
         vw x = *(const vw_u*)(from[2 * j] + d * 32), y = *(const vw_u*)(from[2 * j + 1] + d * 32);
         lo[j] = (vi)__builtin_shufflevector(x, y, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
@@ -130,6 +133,7 @@ template <class C, class V> struct Packer {
       }
       transpose16(lo);
       transpose16(hi);
+#pragma GCC unroll 4
       for (int i = 0; i < 16; i++) {
         *(vi*)(to + (d * 2) * TILE + i * 64) = lo[i];
         *(vi*)(to + (d * 2 + 1) * TILE + i * 64) = hi[i];

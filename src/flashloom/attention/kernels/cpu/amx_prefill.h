@@ -22,7 +22,7 @@ template <class C, class V> struct AmxKernel {
   static constexpr bool SERVES = same<typename C::Q, bf16>::value && !same<typename C::KV, f32>::value;
   static constexpr int G = C::GROUP, VALUE_DIM = C::VALUE_DIM, DK = Pack::DK, DV = Pack::DV;
   static constexpr int ROWS = 32, SUB = ROWS;  // rows of a tile, which items are multiples of
-  static constexpr int STEPS = 4;              // steps whose weights are added to the output together
+  static constexpr int STEPS = 8;              // steps whose weights are added to the output together
   static constexpr int K_STEP = DK * 2 * TILE, V_STEP = DV * 2 * TILE, Q_TILE = DK * 2 * TILE, O_TILE = DV * 4 * TILE;  // bytes
   // Keys packed at a time (half a megabyte, a quarter of L2) and rows that share them.
   static constexpr int BLOCK_STEPS = max_of(STEPS, min_of(32, (512 << 10) / (K_STEP + V_STEP) / STEPS * STEPS));
@@ -31,7 +31,8 @@ template <class C, class V> struct AmxKernel {
   static constexpr float UNSET = -3e38f, LIMIT = 0x1p60f;
 
   struct Sums {  // of the 32 rows of a tile
-    vf m[2], l[2];
+    vf m[2], l[2];  // reference points; sums of the rounded weights, by which the output is divided
+    vf exact[2];    // sums of the weights, for the lse
     int64_t begun;  // the output holds something
   };
   struct Scratch {
@@ -67,12 +68,14 @@ template <class C, class V> struct AmxKernel {
   int32_t kv_head = 0, kv0 = 0, tiles;
   float scale = 0, v_scale = 0;  // of scores (to log2 units where nothing comes between), of outputs
   bool single = false, first_block = false, last_block = false;
+  const bool exactly;  // whether anybody asks for the lse
   Pending pending = {};
   char* done = nullptr;  // where the accumulators belong
   int s_at = 0, p_at = 0;
 
   AmxKernel(const Args& a, const Params& p, char* scratch, const Item& it)
-      : a(a), p(p), w(*(Scratch*)scratch), it(it), r(a, it.request), tiles((it.row_hi - it.row_lo + ROWS - 1) / ROWS) {}
+      : a(a), p(p), w(*(Scratch*)scratch), it(it), r(a, it.request), tiles((it.row_hi - it.row_lo + ROWS - 1) / ROWS),
+        exactly(a.lse || it.splits > 1 || V::uses_lse) {}
 
   // With one block of keys a tile is done before the next but one begins, so two suffice and stay in L1.
   FL_INLINE char* q_of(int tile) { return w.q + (int64_t)(single ? tile & 1 : tile) * Q_TILE; }
@@ -124,22 +127,23 @@ template <class C, class V> struct AmxKernel {
     return s;
   }
 
-  // Units [u, end) of a step become weights, two at a time. A unit is two keys of 16 rows: keys 2 (u % 16) and the next.
+  // Unit u of a step becomes weights: two keys of 16 rows, keys 2 (u % 16) and the next.
   template <bool MASKED, class B>
-  FL_INLINE void weigh(const B& bound, Sums& sums, const char* s, char* to, int32_t kv, int u, int end) const {
-    for (; u < end; u += 2) {
-      const int half = u >> 4;
-      const int32_t key = kv + (u & 15) * 2;
-      vf x[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) {
-        x[i] = logit<MASKED>(bound, half, loadu((const float*)(s + u * 128 + i * 64)), key + i);
-        if constexpr (V::softmax) x[i] = tile_exp2(x[i] - sums.m[half]);
-      }
-      if constexpr (V::softmax) sums.l[half] += (x[0] + x[1]) + (x[2] + x[3]);
-      *(vw*)(to + u * 64) = pair_bf16(x[0], x[1]);
-      *(vw*)(to + u * 64 + 64) = pair_bf16(x[2], x[3]);
+  FL_INLINE void weigh(const B& bound, Sums& sums, const char* s, char* to, int32_t kv, int u) const {
+    const int half = u >> 4;
+    const int32_t key = kv + (u & 15) * 2;
+    vf x[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      x[i] = logit<MASKED>(bound, half, loadu((const float*)(s + u * 128 + i * 64)), key + i);
+      if constexpr (V::softmax) x[i] = tile_exp2(x[i] - sums.m[half]);
     }
+    const vw pair = pair_bf16(x[0], x[1]);
+    if constexpr (V::softmax) {
+      add_pairs(sums.l[half], pair);
+      if (exactly) sums.exact[half] += x[0] + x[1];
+    }
+    *(vw*)(to + u * 64) = pair;
   }
 
   // New reference points from the scores of a step. Sums, the output if it has begun, and `steps` steps of weights at each of
@@ -147,6 +151,7 @@ template <class C, class V> struct AmxKernel {
   template <class B>
   FL_OUTLINE void raise(const B& bound, Sums& sums, int32_t kv, char* o, char* p0, int steps0, char* p1, int steps1) const {
     const char* s = w.s[s_at];
+#pragma GCC unroll 1
     for (int half = 0; half < 2; half++) {
       vf top = bc(-__builtin_inff()), old = sums.m[half];
       for (int i = 0; i < STEP; i++)
@@ -154,7 +159,7 @@ template <class C, class V> struct AmxKernel {
       top = round_even(top + 0.5f);
       sums.m[half] = top > old ? top : old;
       const vf shrink = tile_scale(bc(1.f), old - sums.m[half]);
-      sums.l[half] *= shrink;
+      sums.l[half] *= shrink, sums.exact[half] *= shrink;
       for (int i = 0; sums.begun && i < DV * 32; i++) {
         float* x = (float*)(o + (i >> 5) * 4 * TILE + half * 2 * TILE + (i & 31) * 64);
         storeu(x, loadu(x) * shrink);
@@ -172,11 +177,12 @@ template <class C, class V> struct AmxKernel {
     const char *a, *b;
     char *done, *acc;  // where the accumulators go first (or null), and what they continue (or null: zero)
   };
-  static FL_INLINE void multiply(const Product& x) {
-    if (!x.done) tiles_multiply(x.a, x.b);
-    else if (x.acc) tiles_multiply_onto(x.a, x.b, x.done, x.acc);
-    else tiles_multiply_new(x.a, x.b, x.done);
+  template <int I> static FL_INLINE void multiply(const Product& x) {
+    tile_operands<I>(x.a, x.b);
+    if (x.done) tile_restart<I>(x.done, x.acc);
+    tile_product<I>();
   }
+  static FL_INLINE void multiply(const Product& x) { multiply<0>(x), multiply<1>(x), multiply<2>(x), multiply<3>(x); }
   // Scores of one step.
   FL_INLINE Product* list_scores(Product* x, const char* k, const char* q, char* to) {
     for (int d = 0; d < DK; d++) *x++ = {k + d * 2 * TILE, q + d * 2 * TILE, d == 0 ? done : nullptr, nullptr};
@@ -197,11 +203,18 @@ template <class C, class V> struct AmxKernel {
   // The weights of one step, amid n products.
   template <bool MASKED, class B>
   FL_INLINE void step(const B& bound, Sums& sums, char* to, int32_t kv, const Product* x, int n) {
-    const int units = round_up((STEP + n) / (n + 1), 2);
-    for (int i = 0, u = 0; u < STEP || i < n; i++, u += units) {
-      if (i < n) multiply(x[i]);
-      weigh<MASKED>(bound, sums, w.s[s_at], to, kv, u, min_of(u + units, STEP));
+    const int units = (STEP + 4 * n) / (4 * n + 1);
+    int u = 0;
+    auto some = [&](int end) __attribute__((always_inline)) {
+      for (end = min_of(end, STEP); u < end; u++) weigh<MASKED>(bound, sums, w.s[s_at], to, kv, u);
+    };
+    for (const Product* end = x + n; x < end; x++) {
+      multiply<0>(*x), some(u + units);
+      multiply<1>(*x), some(u + units);
+      multiply<2>(*x), some(u + units);
+      multiply<3>(*x), some(u + units);
     }
+    some(STEP);
   }
   FL_INLINE void flush() {
     tiles_store(done);
@@ -226,7 +239,7 @@ template <class C, class V> struct AmxKernel {
         if (pending.steps) end = list_values(end, j * DV / size, (j + 1) * DV / size);
         int products = (int)(end - x);
         if (V::softmax && i == 0 && !sums.begun) raise(bound, sums, kv, o, nullptr, 0, nullptr, 0);
-        const vf l0 = sums.l[0], l1 = sums.l[1];
+        const Sums before = sums;
         char* to = weights + j * 2 * TILE;
         for (;; products = 0) {
           if (list.masked[i]) step<true>(bound, sums, to, kv, x, products);
@@ -234,7 +247,7 @@ template <class C, class V> struct AmxKernel {
           if (done == w.s[s_at ^ 1]) flush();
           if (!V::softmax || !any((sums.l[0] > LIMIT) | (sums.l[1] > LIMIT))) break;
           flush();
-          sums.l[0] = l0, sums.l[1] = l1;
+          sums = before;
           raise(bound, sums, kv, o, weights, j, (char*)pending.p, pending.o == o ? pending.steps : 0);
         }
         s_at ^= 1;
@@ -290,7 +303,7 @@ template <class C, class V> struct AmxKernel {
   }
   FL_INLINE void prepare(int tile, int steps, List& list) {
     if (first_block) {
-      w.sums[tile] = {{bc(UNSET), bc(UNSET)}, {vf{}, vf{}}, 0};
+      w.sums[tile] = {{bc(UNSET), bc(UNSET)}, {}, {}, 0};
       packer().queries(row_of(tile), it.row_hi, q_of(tile));
     }
     list_steps(tile, steps, list);
@@ -307,44 +320,42 @@ template <class C, class V> struct AmxKernel {
     for (int i = 0; i < STEP; i++) to[i] = own && t + i < it.kv_hi ? to[i] * scale : scale;
   }
 
-  // A row tile is done.
-  FL_OUTLINE void give(int tile) {
-    char* o = o_of(tile);
-    const Sums& sums = w.sums[tile];
-    if (!sums.begun) __builtin_memset(o, 0, O_TILE);
-    const bool plain = !V::has_output && VALUE_DIM % 32 == 0 && it.splits == 1 && a.out_type == 2 && r.kv_len > 0;
-    for (int half = 0; half < 2; half++) {
-      const int32_t first = row_of(tile) + half * 16, count = min_of(16, it.row_hi - first);
-      const vf l = sums.l[half], m = l == 0.f ? bc(-__builtin_inff()) : sums.m[half];
-      uint16_t* to[16];
-      float lse[16];
-      vf factor = bc(v_scale);
-      if (V::softmax && plain) {
-        factor = l == 0.f ? vf{} : factor / l;
-        storeu(lse, (m + log2(l)) * LN2);
-      }
-      for (int i = 0, token = first / G, head = first % G; i < count; i++) {
-        const int64_t row = r.q_start + token, q_head = kv_head * G + head;
-        to[i] = (uint16_t*)a.out + row * a.out_token + q_head * a.out_head;
-        if (V::softmax && plain && a.lse) a.lse[row * a.lse_token + q_head * a.lse_head] = lse[i];
-        if (++head == G) head = 0, token++;
-      }
-      for (int d = 0; d < DV; d++) {
-        vi x[2][16];
-        for (int e = 0; e < 2; e++) {
-          const char* from = o + d * 4 * TILE + half * 2 * TILE + e * TILE;
-          for (int i = 0; i < 16; i++) x[e][i] = (vi)(loadu((const float*)(from + i * 64)) * factor);
-          transpose16(x[e]);
-        }
-        if (plain) {
-          for (int i = 0; i < 16; i++)
-            if (i < count) *(vw_u*)(to[i] + d * 32) = join_bf16((vf)x[0][i], (vf)x[1][i]);
-        } else {
-          for (int i = 0; i < 16; i++) storeu(w.rows[i] + d * 32, (vf)x[0][i]), storeu(w.rows[i] + d * 32 + 16, (vf)x[1][i]);
-        }
-      }
-      for (int i = 0; !plain && i < count; i++) End::give(a, p, r, it, kv_head, first + i, w.rows[i], m[i], l[i]);
+  // 16 rows of the output, 32 dims: to their places as bfloat16, or (null) as floats to scratch.
+  FL_OUTLINE void turn(const char* from, vf factor, int d, int count, uint16_t* const* to) {
+    vi x[32];
+#pragma GCC unroll 1
+    for (int i = 0; i < 32; i++) x[i] = (vi)(loadu((const float*)(from + i * 64)) * factor);
+    transpose16(x), transpose16(x + 16);
+#pragma GCC unroll 1
+    for (int i = 0; i < count; i++) {
+      if (to) *(vw_u*)(to[i] + d * 32) = join_bf16((vf)x[i], (vf)x[16 + i]);
+      else storeu(w.rows[i] + d * 32, (vf)x[i]), storeu(w.rows[i] + d * 32 + 16, (vf)x[16 + i]);
     }
+  }
+  // 16 rows of a tile are done. Plain ones are divided, rounded and stored as vectors; the others go through Finish.
+  FL_OUTLINE void give_half(const char* o, const Sums& sums, int half, int32_t first) {
+    const bool plain = !V::has_output && VALUE_DIM % 32 == 0 && it.splits == 1 && a.out_type == 2 && r.kv_len > 0;
+    const int32_t count = min_of(16, it.row_hi - first);
+    const vf l = sums.l[half], m = l == 0.f ? bc(-__builtin_inff()) : sums.m[half], sum = exactly ? sums.exact[half] : l;
+    vf factor = bc(v_scale);
+    if (V::softmax) factor = l == 0.f ? vf{} : (plain ? factor : factor * sum) / l;
+    uint16_t* to[16];
+    const vf lse = V::softmax && plain && a.lse ? (m + log2(sum)) * LN2 : vf{};
+#pragma GCC unroll 1
+    for (int i = 0, token = first / G, head = first % G; plain && i < count; i++) {
+      const int64_t row = r.q_start + token, q_head = kv_head * G + head;
+      to[i] = (uint16_t*)a.out + row * a.out_token + q_head * a.out_head;
+      if (V::softmax && a.lse) a.lse[row * a.lse_token + q_head * a.lse_head] = lse[i];
+      if (++head == G) head = 0, token++;
+    }
+    for (int d = 0; d < DV; d++) turn(o + d * 4 * TILE + half * 2 * TILE, factor, d, count, plain ? to : nullptr);
+    for (int i = 0; !plain && i < count; i++) End::give(a, p, r, it, kv_head, first + i, w.rows[i], m[i], sum[i]);
+  }
+  FL_OUTLINE void give(int tile) {
+    const Sums& sums = w.sums[tile];
+    if (!sums.begun) __builtin_memset(o_of(tile), 0, O_TILE);
+    give_half(o_of(tile), sums, 0, row_of(tile));
+    if (row_of(tile) + 16 < it.row_hi) give_half(o_of(tile), sums, 1, row_of(tile) + 16);
   }
 
   FL_OUTLINE void head() {
