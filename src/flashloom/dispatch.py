@@ -65,16 +65,17 @@ def choose(spec: AttentionSpec, device: torch.device) -> list[tuple[type[Executo
 
 
 def kernels(spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int) -> list[Kernel]:
-    """The kernels that a plan takes from the store on a target, for steps with this longest and mean query and pages of
-    this size (0: a request's keys are one run of tokens). None of them is compiled, and no device is needed. Raises
-    ValueError when no backend has kernels for it."""
-    device = torch.device("cpu" if target.is_cpu else "cuda")
-    for executor in map(_find, ATTENTION[device.type]):
+    """The kernels that plans may take from the store on a target, for steps with this longest and mean query and pages
+    of this size (0: a request's keys are one run of tokens): those of every backend that serves it, since which one a
+    plan prefers depends on more of the batch. None of them is compiled, and no device is needed. Raises ValueError when
+    no backend has kernels for it."""
+    found: list[Kernel] = []
+    for executor in map(_find, ATTENTION["cpu" if target.is_cpu else "cuda"]):
         if hasattr(executor, "kernels"):
-            found = executor.kernels(spec, target, max_q_len, mean_q_len, page_size)
-            if found:
-                return found
-    raise ValueError(f"no backend has kernels for {spec.heads} with {spec.q_dtype} queries on {target}")
+            found += executor.kernels(spec, target, max_q_len, mean_q_len, page_size)
+    if not found:
+        raise ValueError(f"no backend has kernels for {spec.heads} with {spec.q_dtype} queries on {target}")
+    return found
 
 
 def plan(
