@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import flashloom as fl
+from flashloom import dispatch
 from flashloom.attention.executor import AttentionSpec
 from flashloom.target import Target
 
@@ -55,6 +56,28 @@ KERNELS = [
     Kernel("keys wider than values, sink", H(8, 8, 192, 128), fl.causal & fl.sink(torch.zeros(8))),
     Kernel("ALiBi into float32", H(16, 16, 128), fl.causal & fl.alibi(16), out=torch.float32),
 ]
+
+
+def test_kernels_of_a_plan():
+    """Packs hold the Hopper kernel, and the Triton kernels for batches and tensors that it leaves to them."""
+    heads = H(32, 8, 128)
+    spec = AttentionSpec(heads, fl.causal.program.specialise(128, 128), BF16, BF16)
+
+    def kinds(target, mean, page_size):
+        kernels = dispatch.kernels(spec, Target(target), 2048, mean, page_size)
+        return {type(kernel).__name__ for kernel in kernels}
+
+    assert kinds("sm90", 500, 16) == {"GluonKernel", "TritonKernel"}
+    for other in (("sm90", 1, 16), ("sm90", 500, 4), ("sm80", 500, 16), ("sm100", 500, 16)):
+        assert kinds(*other) == {"TritonKernel"}
+
+
+@pytest.mark.parametrize(
+    "variant", [fl.sigmoid(-1.0), fl.rope(64), fl.document_mask(torch.zeros(9, dtype=torch.int32))], ids=str
+)
+def test_variants_for_the_triton_kernels(variant):
+    spec = AttentionSpec(H(2, 2, 64), variant.program.specialise(64, 64), F16, F16)
+    assert re.search("without softmax|transforms|reads tensors", asked.unsuitable(spec) or "")
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)

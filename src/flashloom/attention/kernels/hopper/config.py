@@ -51,7 +51,10 @@ def choose(
 ) -> Config:
     """The config for head widths and a batch's mean query; invariant: it may not depend on the batch; heavy: the logits
     go through special functions, whose temporaries want the registers of a smaller tile."""
-    block_n = 64 if heavy or max(width(dim), width(value_dim)) > 128 else 128
+    wide = max(width(dim), width(value_dim)) > 128
+    block_n = 64 if heavy or wide else 128
     box = box_rows(page_size, block_n)
     heads = 1 if invariant else pack(group, mean_q_len)
-    return Config(block_n, 2, heads, box, 232, 40)
+    # many copies per tile want registers for the page numbers; wide accumulators have none to give
+    registers, others = (216, 72) if block_n >= 8 * box and not wide else (232, 40)
+    return Config(block_n, 2, heads, box, registers, others)
