@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import flashloom as fl
-from flashloom.bench.attention import Options, arrange, inputs, quantise, time_case
+from flashloom.bench.attention import Options, arrange, inputs, prepare, quantise, time_case, time_together
 from flashloom.bench.cases import CASES, exact, sampled_rows
 from flashloom.bench.ceilings import reader
 from flashloom.bench.host import overhead_rows
@@ -94,6 +94,16 @@ def test_time_case_and_report(tmp_path):
     assert [p.suffix for p in paths] == [".json", ".png"]
 
 
+def test_calls_timed_together_share_a_base():
+    options = Options(rounds=2, sample_time=1e-4, against=("sdpa",))
+    workload = prefill(HEADS, 24)
+    rows = time_together(
+        [prepare(CASES[c], workload, torch.float32, options) for c in ("causal", "ALiBi")], options, base="own"
+    )
+    assert [set(row.times) for row in rows] == [{"flashloom", "sdpa"}, {"flashloom", "own"}]
+    assert rows[1].times["own"] == rows[0].times["flashloom"]
+
+
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     module = importlib.import_module("flashloom.bench.attention")
     monkeypatch.setattr(module, "exact", lambda *a: torch.full((1,), 9.0, dtype=torch.float64))
@@ -138,6 +148,10 @@ def test_workloads():
 def test_workload_counts():
     w = prefill(fl.HeadShape(2, 1, 8), 4)
     assert (w.pairs(False), w.pairs(True)) == (16, 10)
+    for window in (1, 3, 4, 9):
+        seen = sum(kv <= q and kv > q - window for q in range(4) for kv in range(4))
+        assert w.pairs(True, window) == seen
+    assert decode(w.heads, 1, 100).kv_bytes(torch.int8, 7) == 7 * 16
     assert w.flops(True) == 10 * 2 * 2 * 16
     assert decode(fl.HeadShape(2, 1, 8), 3, 10).kv_bytes(torch.bfloat16) == 3 * 10 * 16 * 2
 

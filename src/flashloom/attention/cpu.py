@@ -90,8 +90,15 @@ class CpuExecutor:
         self._args.kv_heads = spec.heads.kv_heads
         self._buffers: dict[str, torch.Tensor] = {}
         self._words = _Words(spec.program)
-        self._q_stride = self._out_stride = self._lse_stride = self._k_stride = self._v_stride = None
+        # what the arguments hold now: run() rewrites only what differs
+        self._q_stride: tuple[int, ...] | None = None
+        self._out_stride: tuple[int, ...] | None = None
+        self._k_stride: tuple[int, ...] | None = None
+        self._v_stride: tuple[int, ...] | None = None
         self._out_dtype: torch.dtype | None = None
+        self._kv: KV | None = None
+        self._has_lse = False
+        self._options: tuple[float, bool] | None = None
 
     @classmethod
     def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
@@ -162,30 +169,38 @@ class CpuExecutor:
     ) -> None:
         """Write out and lse for the batch's tokens."""
         a = self._args
-        k, v = kv.k, kv.v
-        a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        a.q, a.out = q.data_ptr(), out.data_ptr()
         if (stride := q.stride()) != self._q_stride:
             self._q_stride, a.q_token, a.q_head = stride, stride[0], stride[1]
         if (stride := out.stride()) != self._out_stride:
             self._out_stride, a.out_token, a.out_head = stride, stride[0], stride[1]
-        if (stride := k.stride()) != self._k_stride:
-            self._k_stride, a.k_page, a.k_token, a.k_head = stride, *stride[:3]
-        if (stride := v.stride()) != self._v_stride:
-            self._v_stride, a.v_page, a.v_token, a.v_head = stride, *stride[:3]
         if out.dtype is not self._out_dtype:
             self._out_dtype, a.out_type = out.dtype, OUT_TYPES[out.dtype]
-        if lse is None:
-            a.lse = 0
-        else:
+        if kv is not self._kv:
+            self._take(kv)
+        if lse is not None:
             a.lse, (a.lse_token, a.lse_head) = lse.data_ptr(), lse.stride()
-        a.k_scale, a.k_scale_page, a.k_scale_head = _scale(kv.k_scale)
-        a.v_scale, a.v_scale_page, a.v_scale_head = _scale(kv.v_scale)
-        a.sm_scale, a.partial = sm_scale, partial
+            self._has_lse = True
+        elif self._has_lse:
+            a.lse, self._has_lse = 0, False
+        if (options := (sm_scale, partial)) != self._options:
+            self._options, a.sm_scale, a.partial = options, sm_scale, partial
         if values:
             a.words = self._words(values)
         if torch.get_num_threads() != self._threads:
             self.update(self._batch)
         self._run(self._address)
+
+    def _take(self, kv: KV) -> None:
+        a, k, v = self._args, kv.k, kv.v
+        self._kv = kv  # kept alive, so that the next call may compare identity
+        a.k, a.v = k.data_ptr(), v.data_ptr()
+        if (stride := k.stride()) != self._k_stride:
+            self._k_stride, a.k_page, a.k_token, a.k_head = stride, *stride[:3]
+        if (stride := v.stride()) != self._v_stride:
+            self._v_stride, a.v_page, a.v_token, a.v_head = stride, *stride[:3]
+        a.k_scale, a.k_scale_page, a.k_scale_head = _scale(kv.k_scale)
+        a.v_scale, a.v_scale_page, a.v_scale_head = _scale(kv.v_scale)
 
     def explain(self) -> str:
         """Which kernel serves this plan."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from flashloom.bench import ceilings
 from flashloom.bench.cases import CASES, Case, exact, sampled_rows
 from flashloom.bench.peers import PEERS
 from flashloom.bench.report import OWN, Report, Row
-from flashloom.bench.timing import interleave
+from flashloom.bench.timing import Timing, interleave
 from flashloom.bench.workloads import Workload
 from flashloom.kernel import NoCompiler
 
@@ -92,7 +92,30 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (y.round().clamp(-127, 127) if dtype == torch.int8 else y).to(dtype), scale
 
 
-def time_case(
+@dataclass
+class Prepared:
+    """A call of flashloom that is right and ready to be timed, with its peers and ceilings by name.
+
+    limit: (name, call, bytes or flops of the call, as work's unit counts them). work: what flashloom's call does.
+    """
+
+    suite: str
+    name: str
+    dtype: str
+    call: Callable[[], object]
+    peers: dict[str, Callable[[], object]]
+    limit: tuple[str, Callable[[], object], float] | None
+    work: tuple[float, str]
+    errors: dict[str, float]
+    compile_s: float | None
+
+    def row(self, own: Timing, peers: dict[str, Timing], limit: Timing | None) -> Row:
+        limits = {self.limit[0]: (self.limit[2], limit)} if self.limit and limit else {}
+        times = {OWN: own, **peers}
+        return Row(self.suite, self.name, self.dtype, times, self.errors, self.compile_s, self.work, limits)
+
+
+def prepare(
     case: Case,
     workload: Workload,
     dtype: torch.dtype,
@@ -101,9 +124,8 @@ def time_case(
     kv_dtype: torch.dtype | None = None,
     suite: str = "attention",
     attention: fl.Attention | None = None,
-    name: str | None = None,
-) -> Row:
-    """Time flashloom, the peers that can express the case, and the machine's ceiling, taking turns.
+) -> Prepared:
+    """Plan and run once, and compare flashloom and the peers that can express the case with float64.
 
     Raises:
         ArithmeticError: when flashloom's output is further from float64 than its dtype explains; a wrong kernel has
@@ -125,37 +147,60 @@ def time_case(
     built = store.counters().build_seconds - before
     out = torch.empty(workload.tokens, workload.heads.q_heads, workload.heads.value_dim, dtype=dtype, device=q.device)
     kv = (kc, vc, *scales)
+    plan.run(q, kv, out=out)
 
-    calls: dict[str, Callable[[], object]] = {OWN: lambda: plan.run(q, kv, out=out)}
-    results: dict[str, Callable[[], Tensor]] = {OWN: lambda: out}
-    for peer in options.against:
-        made = PEERS[peer](case, workload, q, k, v)
-        if made is not None:
-            calls[peer] = made[0]
-            results[peer] = partial(_result, *made)
-    ceiling = _ceiling(workload, dtype, kc, vc)
-    calls.update({ceiling[0]: ceiling[1]} if ceiling else {})
-
+    found = {peer: PEERS[peer](case, workload, q, k, v) for peer in options.against}
+    made = {peer: pair for peer, pair in found.items() if pair is not None}
     rows = sampled_rows(workload)
     wanted = exact(case, workload, *on_host, rows)
-    calls[OWN]()
-    errors = {peer: float((result().cpu()[rows].double() - wanted).abs().max()) for peer, result in results.items()}
+    outputs = {OWN: out, **{peer: flat(call()) for peer, (call, flat) in made.items()}}
+    errors = {peer: float((o.cpu()[rows].double() - wanted).abs().max()) for peer, o in outputs.items()}
     allowed = _tolerance(dtype, kv_dtype)
     if not errors[OWN] <= allowed:
         raise ArithmeticError(
             f"{case.name}, {workload.name}: the error against float64 is {errors[OWN]:.1e}, above {allowed:.0e}"
         )
-    wait = torch.cuda.synchronize if q.is_cuda else None
-    times = interleave(calls, rounds=options.rounds, sample_time=options.sample_time, synchronize=wait)
-    reads = workload.phase == "decode"
-    work = (
-        (workload.kv_bytes(kv_dtype or dtype) / 1e9, "GB") if reads else (workload.flops(case.causal) / 1e12, "TFLOP")
-    )
-    limits = {ceiling[0]: (ceiling[2] / (1e9 if reads else 1e12), times.pop(ceiling[0]))} if ceiling else {}
-    label = DTYPES[dtype] if kv_dtype is None else f"{DTYPES[dtype]}, {KV_DTYPES[kv_dtype]} KV"
+    if workload.phase == "decode":
+        work = (workload.kv_bytes(kv_dtype or dtype, case.window) / 1e9, "GB")
+    else:
+        work = (workload.flops(case.causal, case.window) / 1e12, "TFLOP")
     heads = f"{workload.heads.q_heads}/{workload.heads.kv_heads}x{workload.heads.dim}"
-    title = name or f"{case.name} {workload.name}, {heads}"
-    return Row(suite, title, label, times, errors, built or None, work, limits)
+    return Prepared(
+        suite,
+        f"{case.name} {workload.name}, {heads}",
+        DTYPES[dtype] if kv_dtype is None else f"{DTYPES[dtype]}, {KV_DTYPES[kv_dtype]} KV",
+        lambda: plan.run(q, kv, out=out),
+        {peer: call for peer, (call, _) in made.items()},
+        _limit(workload, dtype, kc, vc),
+        work,
+        errors,
+        built or None,
+    )
+
+
+def time_together(prepared: Sequence[Prepared], options: Options, *, base: str | None = None) -> list[Row]:
+    """Time several calls with their peers and ceilings, all taking turns, and answer a row for each.
+
+    base: a name under which the first call also becomes a peer of the others.
+    """
+    calls: dict[tuple[int, str], Callable[[], object]] = {}
+    for i, p in enumerate(prepared):
+        calls |= {(i, OWN): p.call} | {(i, peer): call for peer, call in p.peers.items()}
+        calls |= {(i, p.limit[0]): p.limit[1]} if p.limit else {}
+    wait = torch.cuda.synchronize if options.device.startswith("cuda") else None
+    times = interleave(calls, rounds=options.rounds, sample_time=options.sample_time, synchronize=wait)
+    rows = []
+    for i, p in enumerate(prepared):
+        peers = {peer: times[i, peer] for peer in p.peers}
+        if base is not None and i:
+            peers[base] = times[0, OWN]
+        rows.append(p.row(times[i, OWN], peers, times[i, p.limit[0]] if p.limit else None))
+    return rows
+
+
+def time_case(case: Case, workload: Workload, dtype: torch.dtype, options: Options, **more: Any) -> Row:
+    """`prepare` with its arguments, and `time_together` of that alone."""
+    return time_together([prepare(case, workload, dtype, options, **more)], options)[0]
 
 
 def bench(
@@ -196,23 +241,20 @@ def _case_of(attention: fl.Attention) -> Case:
     )
 
 
-def _result(call: Callable[[], Tensor], flat: Callable[[Tensor], Tensor]) -> Tensor:
-    return flat(call())
-
-
-def _ceiling(
+def _limit(
     workload: Workload, dtype: torch.dtype, k: Tensor, v: Tensor
-) -> tuple[str, Callable[[], object], int] | None:
-    """(name, call, bytes or flops) of what bounds this workload on a CPU: reading the cache, or the matrix unit."""
+) -> tuple[str, Callable[[], object], float] | None:
+    """What bounds this workload on a CPU: reading the cache, in GB, or the matrix unit, in TFLOP."""
     if k.device.type != "cpu":
         return None
     if workload.phase != "decode":
-        return ("matmul peak", *ceilings.matmul(dtype))
+        call, flops = ceilings.matmul(dtype)
+        return ("matmul peak", call, flops / 1e12)
     try:
-        call, size = ceilings.reader(k, v)
+        read, size = ceilings.reader(k, v)
     except NoCompiler:
         return None
-    return ("reading", call, size) if size else None
+    return ("reading", read, size / 1e9) if size else None
 
 
 def _tolerance(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> float:

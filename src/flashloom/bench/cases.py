@@ -28,6 +28,7 @@ class Case:
     score_mod: Callable[[int], Mod] | None = None
     mask_mod: MaskMod | None = None
     sdpa: str | None = None
+    window: int | None = None
 
     @property
     def causal(self) -> bool:
@@ -56,7 +57,7 @@ CASES: dict[str, Case] = {
     for case in (
         Case("full", lambda heads: fl.full, sdpa="full"),
         Case("causal", lambda heads: fl.causal, mask_mod=_causal, sdpa="causal"),
-        Case("window 256", lambda heads: fl.causal & fl.sliding_window(255), mask_mod=_window),
+        Case("window 256", lambda heads: fl.causal & fl.sliding_window(255), mask_mod=_window, window=256),
         Case("soft cap", lambda heads: fl.causal & fl.softcap(30.0), score_mod=_softcap, mask_mod=_causal),
         Case("ALiBi", lambda heads: fl.causal & fl.alibi(heads), score_mod=_alibi, mask_mod=_causal),
     )

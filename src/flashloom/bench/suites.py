@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import flashloom as fl
-from flashloom.bench.attention import Options, time_case
+from flashloom.bench.attention import Options, prepare, time_case, time_together
 from flashloom.bench.cases import CASES
 from flashloom.bench.host import compile_rows, flex_compile_row, overhead_rows
 from flashloom.bench.report import Row
@@ -39,7 +39,7 @@ def tasks(suites: Sequence[str], *, full: bool = False, rounds: int = 15, device
 
 def _timed(suite: str, case: str, workload: Workload, dtype: torch.dtype, options: Options, **more: object) -> Task:
     title = f"{suite}: {case}, {workload.name}"
-    return Task(title, lambda: [time_case(CASES[case], workload, dtype, options, suite=suite, **more)])  # type: ignore[arg-type]
+    return Task(title, lambda: [time_case(CASES[case], workload, dtype, options, suite=suite, **more)])
 
 
 def _prefill(full: bool, options: Options) -> list[Task]:
@@ -58,26 +58,40 @@ def _decode(full: bool, options: Options) -> list[Task]:
     return bf16 + [_timed("decode", "causal", decode(LLAMA, b, kv), F32, options) for b, kv in small]
 
 
+def _together(suite: str, title: str, base: str, asked: Sequence[tuple], options: Options) -> Task:
+    """One task for several calls that are compared with each other: (case, workload, dtype of the keys and values)."""
+
+    def run() -> list[Row]:
+        ready = [prepare(CASES[c], w, BF16, options, kv_dtype=kind, suite=suite) for c, w, kind in asked]
+        return time_together(ready, options, base=base)
+
+    return Task(f"{suite}: {title}", run)
+
+
 def _variants(full: bool, options: Options) -> list[Task]:
-    """Against compiled FlexAttention, whose compiling takes most of the time; and a narrow window in a long context."""
-    heads, options = fl.HeadShape(8, 2, 128), replace(options, against=("flex",))
-    found = [_timed("variants", c, prefill(heads, 1024), BF16, options) for c in CASES]
+    """Against compiled FlexAttention, whose compiling takes most of the time; the cost of hooks beside plain causal
+    attention; and a narrow window in a long context."""
+    heads, flex, alone = fl.HeadShape(8, 2, 128), replace(options, against=("flex",)), replace(options, against=())
+    found = [_timed("variants", c, prefill(heads, 1024), BF16, flex) for c in CASES]
     if full:
-        found += [_timed("variants", c, decode(heads, 4, 4096), BF16, options) for c in CASES]
-    alone = replace(options, against=())
-    long = [_timed("variants", c, decode(LLAMA, 1, 16384), BF16, alone) for c in ("full", "window 256")]
-    return found + long
+        found += [_timed("variants", c, decode(heads, 4, 4096), BF16, flex) for c in CASES]
+    names = ("causal", "ALiBi", "soft cap", "window 256")
+    shapes = (prefill(LLAMA, 1024), decode(LLAMA, 8, 4096)) if full else (prefill(LLAMA, 1024),)
+    hooks = [_together("hooks", w.name, "own causal", [(c, w, None) for c in names], alone) for w in shapes]
+    long = [(c, decode(LLAMA, 1, 16384), None) for c in ("full", "window 256")]
+    return [*found, *hooks, _together("hooks", "a window at 16k", "own full", long, alone)]
 
 
 def _dtypes(full: bool, options: Options) -> list[Task]:
     """Eight-bit keys and values beside 16-bit ones, beyond and (full) within the processor's cache."""
     options = replace(options, against=("matmul",))
-    shapes = [(32, 4096), (8, 1024)] if full else [(8, 4096)]
+    shapes = [(32, 4096), (8, 4096), (8, 1024)] if full else [(8, 4096)]
     kinds = (None, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
     return [
-        _timed("dtypes", "causal", decode(LLAMA, b, kv), BF16, options, kv_dtype=kind)
+        _together(
+            "dtypes", f"{b}x{kv}", "own bf16", [("causal", decode(LLAMA, b, kv), kind) for kind in kinds], options
+        )
         for b, kv in shapes
-        for kind in kinds
     ]
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 Call = Callable[[], object]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class Timing:
 
 
 def interleave(
-    calls: Mapping[str, Call],
+    calls: Mapping[Name, Call],
     *,
     rounds: int = 15,
     sample_time: float = 2e-3,
     warmup: int = 2,
     synchronize: Call | None = None,
     progress: Call | None = None,
-) -> dict[str, Timing]:
+) -> dict[Name, Timing]:
     """Time every call `rounds` times, taking turns, and return their samples.
 
     Args:
-        calls: name -> function without arguments.
+        calls: name (anything hashable) -> function without arguments.
         rounds: samples per call; at least 1, and 15 or more for a figure to be reported.
         sample_time: seconds; short calls are repeated within a sample until it lasts about this long.
         warmup: untimed calls of each before the first round (compilation happens here).
@@ -69,7 +71,7 @@ def interleave(
         for _ in range(max(1, warmup)):
             last = _sample(call, 1, synchronize)
         repeats[name] = max(1, min(10_000, int(sample_time / max(last, 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Name, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:  # nobody always follows the same neighbour

@@ -50,19 +50,25 @@ class Workload:
     def tokens(self) -> int:
         return sum(self.q_lens)
 
-    def pairs(self, causal: bool) -> int:
-        """(query, key) pairs over all requests, of one head."""
+    def pairs(self, causal: bool, window: int | None = None) -> int:
+        """(query, key) pairs over all requests, of one head; `window`: a query sees the last so many keys."""
         if not causal:
             return sum(q * kv for q, kv in zip(self.q_lens, self.kv_lens))
-        return sum(q * kv - q * (q - 1) // 2 for q, kv in zip(self.q_lens, self.kv_lens))
+        seen = 0
+        for q, kv in zip(self.q_lens, self.kv_lens):
+            first, last = kv - q + 1, kv  # keys that the first and the last query see
+            full = max(0, last - max(first, window) + 1) if window else 0
+            seen += full * (window or 0) + (first + last - full) * (q - full) // 2
+        return seen
 
-    def flops(self, causal: bool) -> int:
+    def flops(self, causal: bool, window: int | None = None) -> int:
         """Multiplications and additions of both matrix products; masked pairs do not count."""
-        return 2 * self.heads.q_heads * (self.heads.dim + self.heads.value_dim) * self.pairs(causal)
+        return 2 * self.heads.q_heads * (self.heads.dim + self.heads.value_dim) * self.pairs(causal, window)
 
-    def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values that are read once."""
-        return sum(self.kv_lens) * self.heads.kv_heads * (self.heads.dim + self.heads.value_dim) * dtype.itemsize
+    def kv_bytes(self, dtype: torch.dtype, window: int | None = None) -> int:
+        """Bytes of the keys and values that some query sees, each counted once."""
+        keys = sum(min(kv, window + q - 1) if window else kv for q, kv in zip(self.q_lens, self.kv_lens))
+        return keys * self.heads.kv_heads * (self.heads.dim + self.heads.value_dim) * dtype.itemsize
 
 
 def workloads(model: str, phase: str | None = None, *, page_size: int | None = 16) -> list[Workload]:
