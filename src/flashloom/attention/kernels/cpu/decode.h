@@ -16,7 +16,6 @@ template <class C, class V> struct DecodeKernel {
   typedef Finish<C, V> End;
   static constexpr int D = C::DIM, DV = C::VALUE_DIM, G = C::GROUP;
   static constexpr int DP = round_up(D, 2 * VL), DVP = round_up(End::DVP, 2 * VL);
-  static constexpr int BLOCK = 64;
   static constexpr int MAX_ROWS = 16;
   static constexpr bool DIRECT_K = D % (2 * VL) == 0 && !V::has_key, DIRECT_V = DV % (2 * VL) == 0;
 #if defined(FL_TILES)
@@ -27,6 +26,7 @@ template <class C, class V> struct DecodeKernel {
 #else
   static constexpr bool TILED = false;
 #endif
+  static constexpr int BLOCK = TILED ? 64 : 32;  // keys
   static constexpr bool ZIPPED_K = DIRECT_K && pair<KV>::interleaved;
   static constexpr bool ZIPPED_V = TILED || (DIRECT_V && pair<KV>::interleaved);
 
@@ -61,6 +61,13 @@ template <class C, class V> struct DecodeKernel {
     const char *k, *v;
     const int64_t *k_at, *v_at;  // in bytes
     int row, rows, line, k_lines, v_lines, quota;
+    bool together;  // a token's heads lie side by side and are read in one go
+    FL_INLINE void begin(const DecodeKernel& d, int32_t kv_head) {
+      if (together && kv_head != d.it.kv_head_lo) return;
+      constexpr int64_t BYTES = sizeof(typename KV::raw);
+      k = (const char*)d.a.k + kv_head * d.a.k_head * BYTES, v = (const char*)d.a.v + kv_head * d.a.v_head * BYTES;
+      row = line = 0;
+    }
     FL_INLINE void some() {
       for (int i = 0; i < quota && row < rows; i++) {
         if (line < k_lines) prefetch(k + k_at[row] + line * 64);
@@ -173,7 +180,7 @@ template <class C, class V> struct DecodeKernel {
           if (d + c * 2 * VL >= DVP) continue;
           o[i][c][0] = loadu(x[i].o + d + c * 2 * VL) * shrink[i], o[i][c][1] = loadu(x[i].o + d + c * 2 * VL + VL) * shrink[i];
         }
-      for (int j = 0; j < n; j++) {
+      for (int64_t j = 0; j < n; j++) {  // 64 bits: with -fwrapv an int index costs an extension each time
         vf y[PAIRS][2];
 #pragma GCC unroll 2
         for (int c = 0; c < PAIRS; c++)
@@ -334,8 +341,21 @@ template <class C, class V> struct DecodeKernel {
       for (; i < rows; i++) attend_rows<1>(x + i, kv_head, it.row_lo + i, t, n, masked);
   }
 
-  void run() {
+  // The block at t is next; some() will be called `calls` times for each head until then.
+  FL_OUTLINE void look_ahead(int64_t* k_next, int64_t* v_next, int32_t t, int32_t end, int calls) {
     constexpr int BYTES = sizeof(typename KV::raw);
+    const int heads = it.kv_head_hi - it.kv_head_lo;
+    next.together = a.k_head < a.k_token && a.v_head < a.v_token;
+    next.rows = max_of(0, min_of(BLOCK, end - t));
+    key_offsets(a, r, t, next.rows, a.k_page * BYTES, a.k_token * BYTES, k_next);
+    key_offsets(a, r, t, next.rows, a.v_page * BYTES, a.v_token * BYTES, v_next);
+    next.k_lines = (int)((next.together ? heads * a.k_head : D) * BYTES + 63) / 64;
+    next.v_lines = (int)((next.together ? heads * a.v_head : DV) * BYTES + 63) / 64;
+    if (next.together && calls > 1) calls *= heads;
+    next.quota = (next.rows * max_of(next.k_lines, next.v_lines) + calls - 1) / calls;
+  }
+
+  void run() {
     const int32_t heads = it.kv_head_hi - it.kv_head_lo;
     for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++)
       for (int i = 0; i < rows; i++) load_query(w.rows[(h - it.kv_head_lo) * rows + i], h, it.row_lo + i);
@@ -348,27 +368,20 @@ template <class C, class V> struct DecodeKernel {
         for (int i = 0; i < rows; i += TILE_ROWS) tile_query(w.rows + h * rows + i, min_of(TILE_ROWS, rows - i));
     }
 #endif
-    // a token's heads side by side are read in one go
-    const bool together = a.k_head < a.k_token && a.v_head < a.v_token;
     int64_t k_next[BLOCK], v_next[BLOCK];
-    for (int32_t t = it.kv_lo; (t = next_block<C, V>(r, p, it, t, it.kv_hi)) < it.kv_hi; t += BLOCK) {
-      int n = min_of(BLOCK, it.kv_hi - t), ahead = max_of(0, min_of(BLOCK, it.kv_hi - t - BLOCK));
+    next.k_at = k_next, next.v_at = v_next;
+    const int32_t start = next_block<C, V>(r, p, it, it.kv_lo, it.kv_hi);
+    // nothing to compute yet: all of the first block at once
+    look_ahead(k_next, v_next, start, it.kv_hi, 1);
+    for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++) next.begin(*this, h), next.some();
+    for (int32_t t = start; (t = next_block<C, V>(r, p, it, t, it.kv_hi)) < it.kv_hi; t += BLOCK) {
+      int n = min_of(BLOCK, it.kv_hi - t);
       key_offsets(a, r, t, n, a.k_page, a.k_token, w.k_at);
       key_offsets(a, r, t, n, a.v_page, a.v_token, w.v_at);
       if constexpr (TILED) mark_even(w.k_at, a.k_token, n, k_even), mark_even(w.v_at, a.v_token, n, v_even);
-      key_offsets(a, r, t + BLOCK, ahead, a.k_page * BYTES, a.k_token * BYTES, k_next);
-      key_offsets(a, r, t + BLOCK, ahead, a.v_page * BYTES, a.v_token * BYTES, v_next);
-      int k_lines = (int)((together ? heads * a.k_head : D) * BYTES + 63) / 64;
-      int v_lines = (int)((together ? heads * a.v_head : DV) * BYTES + 63) / 64;
-      int lines = ahead * max_of(k_lines, v_lines), calls = TILED ? (n + 15) / 16 * (D + DV) / 32 : (n * rows + VL - 1) / VL;
-      if (together) calls *= heads;
-      next = {nullptr, nullptr, k_next, v_next, 0, ahead, 0, k_lines, v_lines, (lines + calls - 1) / calls};
-      next.k = (const char*)a.k + it.kv_head_lo * a.k_head * BYTES, next.v = (const char*)a.v + it.kv_head_lo * a.v_head * BYTES;
+      look_ahead(k_next, v_next, t + BLOCK, it.kv_hi, TILED ? (n + 15) / 16 * (D + DV) / 32 : (n * rows + VL - 1) / VL);
       for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++) {
-        if (!together) {
-          next.k = (const char*)a.k + h * a.k_head * BYTES, next.v = (const char*)a.v + h * a.v_head * BYTES;
-          next.row = next.line = 0;
-        }
+        next.begin(*this, h);
         int keep = verdict<C, V>(r, p, h, it.row_lo, it.row_hi, t, t + n);
         if (keep == 0) continue;
         load_keys(h, t, n);

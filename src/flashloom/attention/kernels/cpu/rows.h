@@ -117,11 +117,11 @@ template <class C, class V> struct RowsKernel {
     vf x[KEYS][2];
 #pragma GCC unroll 8
     for (int i = 0; i < KEYS; i++) x[i][0] = loadu(o + i * SUB), x[i][1] = loadu(o + i * SUB + VL);
-    for (int j = 0; j < n; j++) {
-      vf p0 = loadu(s + j * SUB), p1 = loadu(s + j * SUB + VL);
+    for (const float* end = v + (int64_t)n * DVP; v != end; v += DVP, s += SUB) {
+      vf p0 = loadu(s), p1 = loadu(s + VL);
 #pragma GCC unroll 8
       for (int i = 0; i < KEYS; i++) {
-        vf b = bc(v[j * DVP + i]);
+        vf b = bc(v[i]);
         x[i][0] += b * p0, x[i][1] += b * p1;
       }
     }
@@ -135,7 +135,7 @@ template <class C, class V> struct RowsKernel {
     vf best = bc(-__builtin_inff());
     if (!V::has_logits && !(V::has_mask && masked)) {
       if (!V::softmax) return best;
-      for (int j = 0; j < n; j++) best = fast_max(best, loadu(s + j * SUB));
+      for (int64_t j = 0; j < n; j++) best = fast_max(best, loadu(s + j * SUB));
       return best;
     }
     RowsAt x = at(kv_head, first);
@@ -165,7 +165,7 @@ template <class C, class V> struct RowsKernel {
         for (int d = 0; d < DVP; d++) storeu(u.o + d * SUB + half, loadu(u.o + d * SUB + half) * shrink);
       }
       vf l = loadu(u.l + half);
-      for (int j = 0; j < n; j++) {
+      for (int64_t j = 0; j < n; j++) {
         vf e = fast_exp2(loadu(s + j * SUB) - base);
         storeu(s + j * SUB, e);
         l += e;

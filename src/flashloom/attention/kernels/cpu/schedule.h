@@ -36,7 +36,7 @@ struct Scheduler {
   static int32_t aligned(int64_t x, int32_t to) { return (int32_t)min_of<int64_t>(round_up(max_of<int64_t>(x, 1), to), 1 << 30); }
 
   void run(int32_t group) {
-    constexpr int64_t STATE = 128 << 10;      // bytes of decode rows that should stay in the cache
+    constexpr int64_t STATE = 512 << 10;      // bytes of decode rows that should stay in the cache
     constexpr int32_t SHORTEST = 256;         // keys of a piece, at least
     constexpr int32_t INVARIANT = 2048;       // keys of a piece when results must not depend on the batch
     int64_t heads = a.kv_heads, pieces = a.threads * 4;
@@ -47,6 +47,8 @@ struct Scheduler {
       if (rows <= limit.decode_rows) decode_work += a.kv_lens[b] * heads;
       else row_work += rows * a.kv_lens[b] * heads, row_units += heads * ((rows + limit.block_rows - 1) / limit.block_rows);
     }
+    // small work is not worth many pieces
+    int64_t decode_share = decode_work / (decode_work < a.threads * 16384 ? a.threads * 2 : pieces);
     // many rows: blocks as large as leave every thread enough of them
     int64_t block = limit.block_rows;
     while (row_units && row_units < pieces && block > limit.step_rows) block /= 2, row_units *= 2;
@@ -57,10 +59,10 @@ struct Scheduler {
       if (rows == 0) continue;
       if (rows <= limit.decode_rows) {
         int64_t most = max_of<int64_t>(1, STATE / (rows * limit.row_bytes)), some = min_of(heads, most);
-        int64_t chunk = decode_work / pieces / some;  // keys, so that an item is one share of the work
-        if (kv <= SHORTEST || chunk >= kv) {          // whole requests: cut by heads instead, where that evens out
-          while (some > 1 && kv * some > decode_work / pieces) some = (some + 1) / 2;
-          chunk = kv;
+        int64_t chunk = decode_share / some;  // keys, so that an item is one share of the work
+        if (chunk < SHORTEST) {               // too little of each head: fewer heads instead
+          chunk = min_of<int64_t>(SHORTEST, max_of<int64_t>(kv, 1));
+          some = min_of(some, max_of<int64_t>(1, decode_share / chunk));
         }
         int32_t keys = aligned(max_of<int64_t>(chunk, SHORTEST), limit.key_block);
         if (a.batch_invariant) keys = INVARIANT;

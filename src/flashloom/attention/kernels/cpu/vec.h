@@ -343,7 +343,7 @@ FL_INLINE vf fast_exp2(vf x) {
   return x < -126.f ? vf{} : r;
 }
 
-FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+FL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }  // to L2
 
 template <class T> FL_INLINE constexpr T min_of(T a, T b) { return a < b ? a : b; }
 template <class T> FL_INLINE constexpr T max_of(T a, T b) { return a > b ? a : b; }
