@@ -20,11 +20,13 @@ lint: $(VENV)/dev.stamp
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test-gpu: $(VENV)/dev.stamp
-	$(PY) -m pytest -q -m gpu
+# a machine with a GPU brings its own torch and Triton: these run with its PYTHON
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
 
-bench-gpu: $(VENV)/dev.stamp
-	$(PY) -m flashloom bench attention --device cuda
+bench-gpu:
+	PYTHONPATH=src:. $(PYTHON) benchmarks/gpu_attention.py benchmarks/results/gpu_attention.json
+	PYTHONPATH=src:. $(PYTHON) benchmarks/gpu_prefill.py benchmarks/results/gpu_prefill_h100.json
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "flashloom needs Python 3.10 or later; this is `$(PYTHON) --version`. Give another one: make PYTHON=python3.12"; exit 1; }
