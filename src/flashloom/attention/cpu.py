@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,41 @@ def _functions(spec: AttentionSpec, target: Target) -> tuple[Any, Any]:
     return module.get_function("schedule"), module.get_function("run")
 
 
+class _Spare:
+    """Large buffers of plans that are gone, for the next ones: taking memory from the system and giving it back costs
+    more than planning a batch."""
+
+    KEPT = 8
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> np.ndarray:
+        """A buffer of at least `size` bytes, whatever it holds."""
+        with self._lock:
+            fits = [i for i, x in enumerate(self._free) if size <= x.nbytes <= 4 * size]
+            if fits:
+                return self._free.pop(min(fits, key=lambda i: self._free[i].nbytes))
+        return np.empty(size, dtype=np.uint8)
+
+    def give(self, x: np.ndarray | None) -> None:
+        """Keep a buffer that nobody uses any more; the oldest one goes."""
+        if x is not None:
+            with self._lock:
+                self._free = [*self._free[-self.KEPT + 1 :], x]
+
+    def give_all(self, buffers: dict[str, np.ndarray]) -> None:
+        """Keep the pooled ones among a plan's buffers."""
+        for name in POOLED:
+            self.give(buffers.pop(name, None))
+
+
+PAGE = 4096
+POOLED = ("scratch", "workspace")
+SPARE = _Spare()
+
+
 class CpuExecutor:
     """Attention by the kernels of kernels/cpu."""
 
@@ -88,7 +125,8 @@ class CpuExecutor:
         self._address = ctypes.addressof(self._args)
         self._args.batch_invariant = spec.batch_invariant
         self._args.kv_heads = spec.heads.kv_heads
-        self._buffers: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, np.ndarray] = {}
+        weakref.finalize(self, SPARE.give_all, self._buffers)
         self._words = _Words(spec.program)
         # what the arguments hold now: run() rewrites only what differs
         self._q_stride: tuple[int, ...] | None = None
@@ -144,17 +182,22 @@ class CpuExecutor:
         a.scratch = self._buffer("scratch", a.scratch_size * a.threads)
 
     def _buffer(self, name: str, size: int) -> int:
-        """Address, aligned to a page, of the plan's zero-initialised buffer, which grows if it has to."""
+        """Address, aligned to a page, of a buffer of the plan's own, which grows if it has to. Counters begin as zero
+        (and are so between launches); what the others hold is of no meaning."""
         held = self._buffers.get(name)
-        if held is None or held.numel() < size + 4096:
-            # numpy takes zeroed pages from the system; torch.zeros would write them, with all threads
-            held = self._buffers[name] = torch.from_numpy(np.zeros(size + 4096, dtype=np.uint8))
-        return (held.data_ptr() + 4095) // 4096 * 4096
+        if held is None or held.nbytes < size + PAGE:
+            if name in POOLED:
+                SPARE.give(self._buffers.pop(name, None))
+                held = SPARE.take(size + PAGE)
+            else:
+                held = np.zeros(size + PAGE, dtype=np.uint8)
+            self._buffers[name] = held
+        return (held.ctypes.data + PAGE - 1) // PAGE * PAGE
 
     @property
     def workspace_size(self) -> int:
         """Bytes of the buffers it owns."""
-        return sum(held.numel() for held in self._buffers.values())
+        return sum(held.nbytes for held in self._buffers.values())
 
     def run(
         self,
