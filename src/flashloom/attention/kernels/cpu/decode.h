@@ -328,9 +328,12 @@ template <class C, class V> struct DecodeKernel {
       strips<DV>(a.v, w.v_in, a.v_token, v_even, n, w.tiles.v, w.tiles.v_at);
       for (int i = 0; i < rows; i += TILE_ROWS)
         attend_tiles(x + i, min_of(TILE_ROWS, rows - i), kv_head, it.row_lo + i, t, n, masked);
-      return;
     }
 #endif
+    if constexpr (!TILED) attend_vectors(x, kv_head, t, n, masked);
+  }
+
+  FL_INLINE void attend_vectors(Row* x, int32_t kv_head, int32_t t, int n, bool masked) {
     constexpr int MOST = VL >= 16 ? 4 : 2;  // rows in registers: those of one token come in multiples of G
     int i = 0;
     if constexpr (G >= MOST)
