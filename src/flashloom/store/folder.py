@@ -225,7 +225,8 @@ class Folder:
                     return False
                 raise
             step("sync folder")
-            sync(final.parent)
+            with suppress(FileNotFoundError):  # evicted already
+                sync(final.parent)
             return True
         raise OSError(errno.EBUSY, "the folder vanished ten times while the entry was published", str(final.parent))
 
