@@ -98,6 +98,18 @@ def test_reserves_leave_open_what_is_none():
         fl.Reserve(tokens=1).check(batch)
 
 
+def test_ragged_masks_of_no_requests():
+    none = torch.tensor([0])
+    for mask in (
+        fl.custom_mask(torch.zeros(0, dtype=torch.bool), none),
+        fl.packed_mask(torch.zeros(0, dtype=torch.uint8), none),
+    ):
+        attn = fl.Attention(fl.HeadShape(4, 2, 64), variant=mask, dtype=torch.float32)
+        plan = attn.plan(fl.Batch(q_lens=[], kv=fl.RaggedKV([])))
+        kv = torch.zeros(0, 2, 64)
+        assert plan.run(torch.zeros(0, 4, 64), (kv, kv)).shape == (0, 4, 64)
+
+
 def test_reprs_say_what_matters():
     batch = fl.Batch.decode(fl.RaggedKV([5, 1]))
     assert repr(batch) == "Batch(2 requests, 2 query tokens, RaggedKV on cpu)"

@@ -248,7 +248,7 @@ class PackedMask(Variant):
 
 def _starts(indptr: torch.Tensor | Sequence[int]) -> torch.Tensor:
     indptr = torch.as_tensor(indptr)
-    if indptr.dim() != 1 or indptr.numel() < 2 or indptr.dtype not in (torch.int32, torch.int64):
+    if indptr.dim() != 1 or indptr.numel() < 1 or indptr.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indptr is {indptr.dtype} {tuple(indptr.shape)}: give int32 or int64 [requests + 1]")
     return indptr[:-1]
 
