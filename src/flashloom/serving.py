@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import flashloom as fl
+from flashloom import settings
 from flashloom.bench.workloads import MODELS, Workload
 
 __all__ = ["attentions", "model_config", "steps"]
@@ -44,11 +45,12 @@ def attentions(
     *,
     dtype: torch.dtype | None = None,
     kv_dtype: torch.dtype | None = None,
-    tensor_parallel: int = 1,
+    tensor_parallel: int | None = None,
 ) -> list[fl.Attention]:
     """One Attention per kind of layer: causal, with the window, soft cap and sinks that the configuration has.
 
-    dtype: that of the configuration, else bfloat16. Numbers such as the window are run-time values, so these kernels
+    dtype: that of the configuration, else bfloat16. tensor_parallel: ranks that share the heads, the setting
+    `tensor_parallel_size` unless given. Numbers such as the window are run-time values, so these kernels
     serve
     every window. Raises ValueError for a configuration without heads, or with heads that do not divide.
     """
@@ -58,6 +60,8 @@ def attentions(
     except KeyError as missing:
         raise ValueError(f"the configuration has no {missing}; give that of a transformer with attention") from None
     kv_heads = int(config.get("num_key_value_heads") or q_heads)
+    if tensor_parallel is None:
+        tensor_parallel = settings.get().tensor_parallel_size
     if q_heads % tensor_parallel or (kv_heads % tensor_parallel and tensor_parallel % kv_heads):
         raise ValueError(f"{q_heads} query heads and {kv_heads} kv heads do not divide over {tensor_parallel} ranks")
     if "kv_lora_rank" in config:

@@ -2,7 +2,9 @@
 
 ``get()`` answers the settings in force, ``configure(**fields)`` replaces fields for the rest of the process. The
 names are
-``FLASHLOOM_`` and the field in capitals: ``FLASHLOOM_CACHE_DIR`` sets ``cache_dir``.
+``FLASHLOOM_`` and the field in capitals: ``FLASHLOOM_CACHE_DIR`` sets ``cache_dir``. ``kernel_cache_size`` is another
+name of ``cache_size``. Where ``FLASHLOOM_LOG`` is not set, ``FLASHINFER_LOG_LEVEL`` gives the level, and without that
+``FLASHINFER_DEBUG=1`` means debug.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import difflib
 import logging
 import os
 import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Settings", "configure", "from_environment", "get"]
+__all__ = ["Settings", "check_world", "configure", "from_environment", "get"]
 
 PREFIX = "FLASHLOOM_"
+ALIASES = {"kernel_cache_size": "cache_size"}
+LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,32 @@ class Settings:
     device.
     """
     log: str = "warning"
-    """Log level (debug, info, warning, error), followed by ``:path`` to write to a file instead of stderr."""
+    """Log level, followed by ``:path`` to write to a file instead of stderr. error: nothing but errors; warning: also
+    what costs speed or was set aside; info: also each miss, build and wait of the store; debug: also each hit and each
+    plan, with the backend that serves it.
+    """
     wait: float = 60.0
     """Seconds to wait for another process that is building the same kernel before it is built here as well."""
     store_timeout: float = 10.0
     """Seconds a store may take for one read or write before this process goes on without it."""
+    memory_pool_size: int | None = None
+    """Bytes that the workspaces of all live plans may take together, on each device. A plan that needs more is a
+    MemoryError. None: no bound.
+    """
+    enable_cudagraph: bool = False
+    """True: plans never move their buffers, so that any plan can be captured in a CUDA graph and be updated afterwards:
+    what a plan's `Reserve` leaves open is the size of its first batch, and a larger batch is a ValueError.
+    """
+    fp16_reduction: bool = False
+    """True: kernels may sum the products of float16 queries and keys in float16. `plan.explain()` says whether the
+    plan's kernel makes use of it.
+    """
+    tensor_parallel_size: int = 1
+    """Ranks that share the heads of one model. It must divide the world size of torch.distributed (before that is
+    initialised: of the launcher's ``WORLD_SIZE``), is the default of `serving.attentions`, and part of tuning keys.
+    """
+    threads: int | None = None
+    """Threads of CPU kernels. None: as many as torch uses (``torch.get_num_threads()``)."""
 
 
 def _boolean(text: str) -> bool:
@@ -83,7 +109,7 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _level(text: str) -> str:
-    if text.partition(":")[0].lower() not in ("debug", "info", "warning", "error"):
+    if text.partition(":")[0].lower() not in LEVELS:
         raise ValueError("give debug, info, warning or error, then :path for a file")
     return text
 
@@ -101,6 +127,11 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "log": _level,
     "wait": _positive(float),
     "store_timeout": _positive(float),
+    "memory_pool_size": _positive(_bytes),
+    "enable_cudagraph": _boolean,
+    "fp16_reduction": _boolean,
+    "tensor_parallel_size": _positive(int),
+    "threads": _positive(int),
 }
 
 
@@ -112,17 +143,59 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
     for name in sorted(environ):
         if not name.startswith(PREFIX):
             continue
-        field, text = name[len(PREFIX) :].lower(), environ[name].strip()
+        written, text = name[len(PREFIX) :].lower(), environ[name].strip()
+        field = ALIASES.get(written, written)
         if field not in _PARSERS:
             near = difflib.get_close_matches(field, _PARSERS, 1)
             hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
             warnings.warn(f"{name} is not a setting of flashloom and has no effect{hint}", stacklevel=2)
         elif text:
             try:
-                fields[field] = _PARSERS[field](text)
+                value = _PARSERS[field](text)
             except ValueError as error:
                 raise ValueError(f"{name}={text!r} cannot be read: {error}") from None
+            if fields.setdefault(field, value) != value:
+                raise ValueError(f"{name}={text!r} is another name of {PREFIX}{field.upper()}, which differs: give one")
+    if "log" not in fields and (level := _foreign_level(environ)):
+        fields["log"] = level
     return Settings(**fields)
+
+
+def _foreign_level(environ: Mapping[str, str]) -> str | None:
+    """The level that FlashInfer's variables ask for, a name or a number of Python's logging; FLASHINFER_LOG_LEVEL
+    before FLASHINFER_DEBUG."""
+    text = environ.get("FLASHINFER_LOG_LEVEL", "").strip().lower()
+    level = {"warn": "warning", "critical": "error", "fatal": "error"}.get(text, text)
+    if text.isdigit() and int(text) >= 10:
+        level = LEVELS[min(int(text) // 10, 4) - 1]
+    if level in LEVELS:
+        return level
+    if text:
+        warnings.warn(
+            f"FLASHINFER_LOG_LEVEL={text!r} has no effect: give {', '.join(LEVELS)}, or a number of logging's from 10",
+            stacklevel=3,
+        )
+    debug = environ.get("FLASHINFER_DEBUG", "").strip().lower()
+    return "debug" if debug not in ("", "0", "false", "no", "off") else None
+
+
+def check_world(size: int) -> None:
+    """Raise ValueError unless `size` ranks per model fit the number of ranks, as far as it is known: from
+    torch.distributed, else from the launcher's WORLD_SIZE. torch is not imported for it."""
+    torch = sys.modules.get("torch")
+    if size == 1:
+        return
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        world, source = torch.distributed.get_world_size(), "torch.distributed has a world size of"
+    elif os.environ.get("WORLD_SIZE", "").isdigit():
+        world, source = int(os.environ["WORLD_SIZE"]), "WORLD_SIZE is"
+    else:
+        return
+    if size > world or world % size:
+        raise ValueError(
+            f"tensor_parallel_size={size} but {source} {world}: it must divide the number of ranks; start more ranks "
+            "or give a divisor"
+        )
 
 
 _lock = threading.RLock()
@@ -145,23 +218,41 @@ def get() -> Settings:
 def configure(**fields: Any) -> Settings:
     """Replace settings for the rest of the process and answer the new ones.
 
-    Values may be given as the field's type or as the text its variable would hold. Raises TypeError for a name that is
-    not a setting, ValueError for a value that cannot be read.
+    Values may be given as the field's type or as the text its variable would hold, such as
+    ``configure(kernel_cache_size="2GB", memory_pool_size="4GB", enable_cudagraph=True, threads=8)``; `Settings` says
+    what each one does. They hold for plans made later, `threads` for running ones too. Raises TypeError for a name that
+    is not a setting, ValueError for a value that cannot be read or does not fit (tensor_parallel_size and the world).
     """
     global _current
-    values = {}
-    for field, value in fields.items():
+    values: dict[str, Any] = {}
+    for name, given in fields.items():
+        field = ALIASES.get(name, name)
         if field not in _PARSERS:
-            raise TypeError(f"{field!r} is not a setting; the settings are {', '.join(_PARSERS)}")
-        try:
-            values[field] = _PARSERS[field](str(value)) if isinstance(value, str | Path) else value
-        except ValueError as error:
-            raise ValueError(f"{field}={value!r} cannot be read: {error}") from None
+            raise TypeError(f"{name!r} is not a setting; the settings are {', '.join([*_PARSERS, *ALIASES])}")
+        value = _read(name, field, given)
+        if values.setdefault(field, value) != value:
+            raise ValueError(f"{name}={given!r} and another value of {field} were given: they are one setting")
+    check_world(values.get("tensor_parallel_size", 1))
     with _lock:
         _current = dataclasses.replace(get(), **values)
         if "log" in values:
             _set_log(_current.log)
         return _current
+
+
+def _read(name: str, field: str, value: Any) -> Any:
+    """A value as its field holds it."""
+    default = getattr(Settings, field)
+    if value is None and default is None:
+        return None
+    if field == "trusted" and not isinstance(value, str | Path):
+        return tuple(map(Path, value))
+    if not isinstance(value, str | Path | int | float):
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}: give what its variable would hold, or a number")
+    try:
+        return _PARSERS[field](str(value))
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} cannot be read: {error}") from None
 
 
 def _set_log(spec: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashloom import dispatch, settings
-from flashloom.attention import check
+from flashloom.attention import check, pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.shape import HeadShape
@@ -68,6 +68,7 @@ class Attention:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.empty(0, device=device).device  # with an index, so that comparisons are exact
+        settings.check_world(settings.get().tensor_parallel_size)
         self.values = variant.values
         check.fields(variant.program, self.values, heads, self.device)
         program = variant.program.specialise(heads.dim, heads.value_dim)
@@ -82,7 +83,7 @@ class Attention:
 
     def plan(self, batch: Batch, *, reserve: Reserve | None = None) -> Plan:
         """Choose and prepare kernels for a batch. The plan's `update` takes later batches, within `reserve` if one is
-        given."""
+        given; with `fl.configure(enable_cudagraph=True)` what it leaves open is the size of this batch."""
         return Plan(self, batch, reserve)
 
     def __repr__(self) -> str:
@@ -114,6 +115,8 @@ class Plan:
         self._kv_signature: tuple | None = None
         self._kv_known: tuple | None = None
         check.batch(batch, self._device)
+        if settings.get().enable_cudagraph:
+            reserve = self._reserve = (reserve or Reserve()).fixed(batch)
         spec = attention._specs[batch.blocks is not None]
         self._out_dtype = spec.out_dtype
         self._accept_batch(batch)
@@ -133,6 +136,7 @@ class Plan:
         return_lse: bool = False,
         partial: bool = False,
         variant: Variant | None = None,
+        sm_scale: float | None = None,
     ) -> Any:
         """Attention of q [tokens, q_heads, dim] over `cache[i]`, (k, v) or (k, v, k_scale, v_scale).
 
@@ -140,11 +144,11 @@ class Plan:
         lse float32 [tokens, q_heads], natural logarithm, before output_transform. With `out` and `lse` given nothing
         is allocated; rows beyond the batch stay untouched. partial: leave output_transform to `merge`. variant:
         another instance of the planned variant (a layer's own sinks, slopes, scales). A row with nothing to attend to
-        gives 0 and -inf. Raises TypeError, ValueError or RuntimeError before any work."""
+        gives 0 and -inf. sm_scale: in place of the Attention's, for this call. Raises TypeError, ValueError or RuntimeError before any work."""
         if torch.compiler.is_compiling():
             from flashloom.attention import library
 
-            return library.run(self, q, kv, out, lse, return_lse, partial, variant)
+            return library.run(self, q, kv, out, lse, return_lse, partial, variant, sm_scale)
         if not self._busy.acquire(False):
             raise RuntimeError(
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
@@ -183,11 +187,12 @@ class Plan:
             values = self._values if variant is None or variant is self._variant else self._values_of(variant)
             if self._values_grad:
                 check.fields(self._program, values, self.attention.heads, self._device)
+            scale = self._sm_scale if sm_scale is None else check.scale(sm_scale, self._sm_scale)
             if self._cuda_index is not None:
                 self._check_stream()
             if self._nothing:
                 return (out, lse) if return_lse else out
-            self._executor.run(q, kv, out, lse, sm_scale=self._sm_scale, partial=partial, values=values)
+            self._executor.run(q, kv, out, lse, sm_scale=scale, partial=partial, values=values)
         finally:
             self._busy.release()
         return (out, lse) if return_lse else out
@@ -230,6 +235,19 @@ class Plan:
         known = self._others.get(id(variant))
         if known is not None:
             return known[1]
+        values = self._instance(variant)
+        check.batch_fields(self._program, values, self._batch)
+        if len(self._others) >= _VARIANTS_KEPT:
+            self._others.clear()
+        self._others[id(variant)] = (variant, values)
+        return values
+
+    def _take(self, variant: Variant) -> None:
+        """From now on this instance; what depends on the batch is checked with that."""
+        self._variant, self._values = variant, self._instance(variant)
+        self._others.clear()
+
+    def _instance(self, variant: Variant) -> tuple[Any, ...]:
         if not isinstance(variant, Variant):
             raise TypeError(f"variant is {type(variant).__name__}: give another instance of the planned variant")
         if variant.program.digest != self._program.digest:
@@ -240,34 +258,26 @@ class Plan:
             )
         values = variant.values
         check.fields(self._program, values, self.attention.heads, self._device)
-        check.batch_fields(self._program, values, self._batch)
         self._values_grad = self._values_grad or any(isinstance(v, Tensor) and v.requires_grad for v in values)
-        if len(self._others) >= _VARIANTS_KEPT:
-            self._others.clear()
-        self._others[id(variant)] = (variant, values)
         return values
 
     def _check_stream(self) -> None:
-        """One stream at a time: moving to another one is fine once the work on the former is done (or is being
-        captured)."""
+        """One stream at a time: another one waits for the work on the former (unless that is being captured)."""
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         if stream != self._stream:
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 former = torch.cuda.ExternalStream(self._stream, device=self._device)
                 if not former.query():
-                    raise RuntimeError(
-                        "this plan still has work on another stream: a plan belongs to one stream at a time; wait for "
-                        "that stream or make a plan "
-                        "per stream"
-                    )
+                    torch.cuda.current_stream(self._device).wait_stream(former)
             self._stream = stream
 
     # --- update ---
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, *, variant: Variant | None = None) -> None:
         """Follow a batch with other lengths, tables and number of requests, within the reserve; compiles nothing, and
         no address changes. Kind of KV, page size and device stay those of the planned batch; exceeding the reserve is
-        a ValueError."""
+        a ValueError. variant: another instance of the planned variant, from now on in place of the former one (masks
+        and per-request values of the new batch)."""
         if not self._busy.acquire(False):
             raise RuntimeError(
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
@@ -285,10 +295,21 @@ class Plan:
                     raise ValueError(
                         f"update: the plan was made for {name} {was} and the batch has {now}: make another plan"
                     )
-            self._accept_batch(batch)
+            former = self._variant, self._values
+            if variant is not None and variant is not self._variant:
+                self._take(variant)
+            try:
+                self._accept_batch(batch)
+            except (TypeError, ValueError):
+                self._variant, self._values = former
+                raise
             if self._cuda_index is not None:
                 self._check_stream()
-            self._executor.update(batch)
+            try:
+                self._executor.update(batch)
+            except MemoryError:
+                self._accept_batch(old)
+                raise
         finally:
             self._busy.release()
 
@@ -325,4 +346,19 @@ class Plan:
     def explain(self) -> str:
         """Which kernel and config serve this plan, and why not the others."""
         lines = [f"{self.attention}", f"{self._batch}", f"{self._executor.name}: {self._executor.explain()}"]
-        return "\n".join([*lines, *(f"not {name}: {reason}" for name, reason in self._refusals)])
+        lines += [f"not {name}: {reason}" for name, reason in self._refusals]
+        return "\n".join([*lines, *self._configured()])
+
+    def _configured(self) -> list[str]:
+        """What `fl.configure` says about this plan."""
+        now, lines = settings.get(), []
+        if now.memory_pool_size is not None:
+            lines.append(pool.describe(self._device))
+        if self._reserve is not None:
+            r = self._reserve
+            lines.append(f"buffers stay in place up to {r.requests} requests, {r.tokens} query tokens, {r.pages} pages")
+        if now.fp16_reduction:
+            lines.append("fp16_reduction: permitted, not used (products are summed in float32)")
+        if now.tensor_parallel_size > 1:
+            lines.append(f"tensor_parallel_size: {now.tensor_parallel_size} ranks, of which this is one")
+        return lines

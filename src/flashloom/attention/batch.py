@@ -84,6 +84,12 @@ class Reserve:
             if value is not None and value < 0:
                 raise ValueError(f"Reserve {name}={value}: must not be negative")
 
+    def fixed(self, batch: Batch) -> Reserve:
+        """This reserve, with the batch's sizes where it leaves one open."""
+        tokens = batch.max_q_len * batch.requests if batch.tokens is None else batch.tokens
+        mine = {"requests": batch.requests, "tokens": tokens, "pages": batch.pages.numel()}
+        return Reserve(**{name: mine[name] if (own := getattr(self, name)) is None else own for name in mine})
+
     def check(self, batch: Batch) -> None:
         """Raise ValueError if the batch exceeds the reserve, as far as the host can know it."""
         have: dict[str, int | None] = {"requests": batch.requests, "tokens": batch.tokens}

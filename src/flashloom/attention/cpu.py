@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashloom import settings
+from flashloom.attention import pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
 from flashloom.kernel import cpp
@@ -109,6 +111,7 @@ class _Spare:
 
 
 PAGE = 4096
+_HOST = torch.device("cpu")
 POOLED = ("scratch", "workspace")
 SPARE = _Spare()
 
@@ -157,10 +160,18 @@ class CpuExecutor:
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Find or compile the kernel, and schedule the batch."""
         self._schedule, self._run = _functions(self._spec, self.target)
-        self.update(batch)
+        self._follow(batch)
 
     def update(self, batch: Batch) -> None:
-        """Schedule another batch; compiles nothing."""
+        """Schedule another batch; compiles nothing. Without memory for it the plan keeps the former one."""
+        former = self._batch
+        try:
+            self._follow(batch)
+        except MemoryError:
+            self._follow(former)
+            raise
+
+    def _follow(self, batch: Batch) -> None:
         a = self._args
         self._batch = batch
         self._kv_indptr = batch.kv_indptr
@@ -171,7 +182,7 @@ class CpuExecutor:
         )
         a.page_indptr, a.pages = _address(batch.page_indptr), _address(batch.pages)
         a.page_size, a.requests = batch.page_size, batch.requests
-        self._threads = a.threads = torch.get_num_threads()
+        a.threads = _threads()
         self._schedule(self._address)
         if a.item_count > a.item_capacity:
             a.items = self._buffer("items", a.item_count * ITEM_BYTES * 2)
@@ -180,18 +191,24 @@ class CpuExecutor:
         a.workspace = self._buffer("workspace", a.workspace_size * 4)
         a.counters = self._buffer("counters", a.counter_count * 4)
         a.scratch = self._buffer("scratch", a.scratch_size * a.threads)
+        self._threads = a.threads
 
     def _buffer(self, name: str, size: int) -> int:
         """Address, aligned to a page, of a buffer of the plan's own, which grows if it has to. Counters begin as zero
         (and are so between launches); what the others hold is of no meaning."""
         held = self._buffers.get(name)
         if held is None or held.nbytes < size + PAGE:
-            if name in POOLED:
-                SPARE.give(self._buffers.pop(name, None))
-                held = SPARE.take(size + PAGE)
-            else:
-                held = np.zeros(size + PAGE, dtype=np.uint8)
-            self._buffers[name] = held
+            spare = name in POOLED
+            new = SPARE.take(size + PAGE) if spare else np.zeros(size + PAGE, dtype=np.uint8)
+            try:
+                pool.claim(self, _HOST, self.workspace_size + new.nbytes - (0 if held is None else held.nbytes))
+            except MemoryError:
+                if spare:
+                    SPARE.give(new)
+                raise
+            if spare:
+                SPARE.give(held)
+            held = self._buffers[name] = new
         return (held.ctypes.data + PAGE - 1) // PAGE * PAGE
 
     @property
@@ -230,7 +247,7 @@ class CpuExecutor:
             self._options, a.sm_scale, a.partial = options, sm_scale, partial
         if values:
             a.words = self._words(values)
-        if torch.get_num_threads() != self._threads:
+        if _threads() != self._threads:
             self.update(self._batch)
         self._run(self._address)
 
@@ -253,6 +270,11 @@ class CpuExecutor:
             f"compiled for {self.target} ({kind}), {a.item_count} pieces of work on {a.threads} threads, "
             f"{a.counter_count} of them merged from parts"
         )
+
+
+def _threads() -> int:
+    """Threads that kernels run on."""
+    return settings.get().threads or torch.get_num_threads()
 
 
 def _address(x: torch.Tensor) -> int:

@@ -129,8 +129,9 @@ class HopperExecutor(TritonExecutor):
         pages = (self._reserve.pages or batch.pages.numel()) if self._paged else 0
         items = tokens * self._config.pack // config.BLOCK_M + min(requests, tokens)
         stride = -(-requests // PLAN_BLOCK) * PLAN_BLOCK or PLAN_BLOCK
-        self._sizes = Sizes(requests, tokens, pages, items, items, 0, stride)
-        self._buffers = Buffers(self._sizes, 1, config.BLOCK_M, self.spec.heads.value_dim, self.device)
+        sizes = Sizes(requests, tokens, pages, items, items, 0, stride)
+        self._buffers = Buffers(sizes, 1, config.BLOCK_M, self.spec.heads.value_dim, self.device)
+        self._sizes = sizes
         self._counter = torch.zeros(2, dtype=torch.int32, device=self.device)
         self.workspace_size = self._buffers.bytes
         place = {name: view.data_ptr() for name, view in self._buffers.views.items()}

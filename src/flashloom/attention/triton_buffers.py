@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from flashloom.attention import pool
 from flashloom.attention.batch import Batch
 from flashloom.attention.kernels.triton.config import Config
 
@@ -68,8 +69,9 @@ class Buffers:
             "part_out": sizes.slots * kv_heads * block_m * value_dim,
         }
         padded = {name: -(-max(n, 1) // 64) * 64 for name, n in parts.items()}
-        self.memory = torch.zeros(sum(padded.values()), dtype=torch.int32, device=device)
-        self.bytes = self.memory.numel() * 4
+        self.bytes = sum(padded.values()) * 4
+        pool.claim(self, device, self.bytes)
+        self.memory = torch.zeros(self.bytes // 4, dtype=torch.int32, device=device)
         self.views: dict[str, torch.Tensor] = {}
         start = 0
         for name, n in padded.items():

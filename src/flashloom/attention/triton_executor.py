@@ -141,10 +141,9 @@ class TritonExecutor:
         pages = (self._reserve.pages or batch.pages.numel()) if self._paged else 0
         ranges = requests + -(-pages * self._table_page // FIXED_KEYS) if self.spec.batch_invariant else 0
         heads = self.spec.heads
-        self._sizes = Sizes.of(
-            heads.group, heads.kv_heads, self.config, self._programs, requests, tokens, pages, ranges
-        )
-        self._buffers = Buffers(self._sizes, heads.kv_heads, self.config.block_m, heads.value_dim, self.device)
+        sizes = Sizes.of(heads.group, heads.kv_heads, self.config, self._programs, requests, tokens, pages, ranges)
+        self._buffers = Buffers(sizes, heads.kv_heads, self.config.block_m, heads.value_dim, self.device)
+        self._sizes = sizes
         self.workspace_size = self._buffers.bytes
         self._error, self._state = self._buffers.error_words, None
         self._grid = self._sizes.items * heads.kv_heads

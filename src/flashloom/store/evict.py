@@ -25,6 +25,7 @@ __all__ = ["Usage", "after_publish", "manifests", "prune", "usage"]
 
 _EVERY = 32  # publications of this process between two looks at the size
 _publications = itertools.count()
+_limit: int | None = None  # at the last look
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ def remove_old_builds(seconds: float = 24 * 3600.0) -> None:
 
 
 def after_publish(folder: Folder) -> None:
-    """Prune at a process' first publication and at every 32nd after it; problems are left to the next time."""
-    if next(_publications) % _EVERY == 0:
+    """Prune at a process' first publication, at every 32nd after it, and when the limit has become lower; problems are
+    left to the next time."""
+    global _limit
+    limit = settings.get().cache_size
+    if next(_publications) % _EVERY == 0 or (_limit is not None and limit < _limit):
         with suppress(OSError):
-            prune(folder, settings.get().cache_size)
+            prune(folder, limit)
+        _limit = limit
 
 
 def manifests(folder: Folder, limit: int | None = None) -> Iterator[dict[str, Any]]:
