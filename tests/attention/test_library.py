@@ -126,3 +126,35 @@ def test_a_dead_plan_is_named():
     x = torch.zeros(1, 4, 16)
     with pytest.raises(RuntimeError, match="keep it alive"):
         torch.ops.flashloom.attention_run(x, x, x, None, None, x.clone(), None, 10**9, 0, False, False)
+
+
+def test_run_takes_another_scale():
+    cache, batch = paged()
+    q = torch.randn(2, 4, 16)
+    plan = fl.Attention(HEADS, variant=fl.causal, dtype=torch.float32, device="cpu").plan(batch)
+    other = fl.Attention(HEADS, variant=fl.causal, dtype=torch.float32, sm_scale=0.7, device="cpu").plan(batch)
+    torch.testing.assert_close(plan.run(q, cache[0], sm_scale=0.7), other.run(q, cache[0]))
+    compiled = torch.compile(lambda x: plan.run(x, cache[0], sm_scale=0.7), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q), other.run(q, cache[0]))
+    with pytest.raises(TypeError, match="sm_scale='x'"):
+        plan.run(q, cache[0], sm_scale="x")
+
+
+def test_update_takes_the_new_batch_s_instance():
+    heads = fl.HeadShape(2, 1, 16)
+    kv = torch.randn(12, 1, 16)
+    plan = None
+    for q_lens, kv_lens in (([2], [5]), ([1, 3, 2], [4, 5, 3]), ([4], [4])):
+        masks = [torch.rand(a, b) > 0.3 for a, b in zip(q_lens, kv_lens)]
+        indptr = torch.tensor([0, *(m.numel() for m in masks)]).cumsum(0)
+        variant = fl.custom_mask(torch.cat([m.flatten() for m in masks]), indptr)
+        batch = fl.Batch(q_lens=q_lens, kv=fl.RaggedKV(kv_lens))
+        if plan is None:
+            plan = fl.Attention(heads, variant=variant, dtype=torch.float32, device="cpu").plan(batch)
+        else:
+            with pytest.raises(ValueError, match="another expression"):
+                plan.update(batch, variant=fl.causal)
+            plan.update(batch, variant=variant)
+        q = torch.randn(sum(q_lens), 2, 16)
+        want = fl.Attention(heads, variant=variant, dtype=torch.float32, device="cpu").plan(batch).run(q, (kv, kv))
+        torch.testing.assert_close(plan.run(q, (kv, kv)), want)

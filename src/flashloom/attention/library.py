@@ -21,7 +21,7 @@ _library = torch.library.Library("flashloom", "DEF")
 _library.define(
     "attention_run(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, Tensor(b!)? lse, "
     "int plan, int variant, "
-    "bool views, bool partial) -> ()"
+    "bool views, bool partial, float? sm_scale=None) -> ()"
 )
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, int variant, float? sm_scale, bool return_lse) -> (Tensor, Tensor)"
@@ -44,6 +44,7 @@ def run(
     return_lse: bool,
     partial: bool,
     variant: Variant | None,
+    sm_scale: float | None = None,
 ) -> Any:
     """`Plan.run` while it is being traced."""
     heads = plan.attention.heads
@@ -59,7 +60,7 @@ def run(
     handle = 0
     if variant is not None and _keep(variant):
         handle = id(variant)
-    torch.ops.flashloom.attention_run(q, *parts, out, lse, plan.handle, handle, views, partial)
+    torch.ops.flashloom.attention_run(q, *parts, out, lse, plan.handle, handle, views, partial, sm_scale)
     return (out, lse) if return_lse else out
 
 
@@ -84,6 +85,7 @@ def _run(
     variant: int,
     views: bool,
     partial: bool,
+    sm_scale: float | None = None,
 ) -> None:
     from flashloom.attention.attention import PLANS
 
@@ -94,7 +96,8 @@ def _run(
             "alive"
         )
     kv: Any = KV(k, v, k_scale, v_scale) if views else (k, v, k_scale, v_scale)
-    found.run(q, kv, out=out, lse=lse, partial=partial, variant=_variants[variant] if variant else None)
+    other = _variants[variant] if variant else None
+    found.run(q, kv, out=out, lse=lse, partial=partial, variant=other, sm_scale=sm_scale)
 
 
 def _dense(
