@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashloom import dispatch, settings
-from flashloom.attention import check
+from flashloom.attention import check, pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.shape import HeadShape
@@ -68,6 +68,7 @@ class Attention:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.empty(0, device=device).device  # with an index, so that comparisons are exact
+        settings.check_world(settings.get().tensor_parallel_size)
         self.values = variant.values
         check.fields(variant.program, self.values, heads, self.device)
         program = variant.program.specialise(heads.dim, heads.value_dim)
@@ -82,7 +83,7 @@ class Attention:
 
     def plan(self, batch: Batch, *, reserve: Reserve | None = None) -> Plan:
         """Choose and prepare kernels for a batch. The plan's `update` takes later batches, within `reserve` if one is
-        given."""
+        given; with `fl.configure(enable_cudagraph=True)` what it leaves open is the size of this batch."""
         return Plan(self, batch, reserve)
 
     def __repr__(self) -> str:
@@ -114,6 +115,8 @@ class Plan:
         self._kv_signature: tuple | None = None
         self._kv_known: tuple | None = None
         check.batch(batch, self._device)
+        if settings.get().enable_cudagraph:
+            reserve = self._reserve = (reserve or Reserve()).fixed(batch)
         spec = attention._specs[batch.blocks is not None]
         self._out_dtype = spec.out_dtype
         self._accept_batch(batch)
@@ -303,7 +306,11 @@ class Plan:
                 raise
             if self._cuda_index is not None:
                 self._check_stream()
-            self._executor.update(batch)
+            try:
+                self._executor.update(batch)
+            except MemoryError:
+                self._accept_batch(old)
+                raise
         finally:
             self._busy.release()
 
@@ -340,4 +347,19 @@ class Plan:
     def explain(self) -> str:
         """Which kernel and config serve this plan, and why not the others."""
         lines = [f"{self.attention}", f"{self._batch}", f"{self._executor.name}: {self._executor.explain()}"]
-        return "\n".join([*lines, *(f"not {name}: {reason}" for name, reason in self._refusals)])
+        lines += [f"not {name}: {reason}" for name, reason in self._refusals]
+        return "\n".join([*lines, *self._configured()])
+
+    def _configured(self) -> list[str]:
+        """What `fl.configure` says about this plan."""
+        now, lines = settings.get(), []
+        if now.memory_pool_size is not None:
+            lines.append(pool.describe(self._device))
+        if self._reserve is not None:
+            r = self._reserve
+            lines.append(f"buffers stay in place up to {r.requests} requests, {r.tokens} query tokens, {r.pages} pages")
+        if now.fp16_reduction:
+            lines.append("fp16_reduction: permitted, not used (products are summed in float32)")
+        if now.tensor_parallel_size > 1:
+            lines.append(f"tensor_parallel_size: {now.tensor_parallel_size} ranks, of which this is one")
+        return lines
