@@ -15,6 +15,7 @@ LAYERS = [
     {"variant"},
     {"lower"},
     {"store"},
+    {"records"},
     {"kernel"},
     {"attention", "kv_cache", "ops", "dispatch"},
     {"tune", "bench", "pack", "serving"},
