@@ -93,7 +93,7 @@ def plan(
                 executor.plan(batch, reserve)
                 return executor, refusals
             except RuntimeError as error:
-                if type(error).__name__ == "NoCompiler":
+                if type(error).__name__ in ("NoCompiler", "NoToolchain"):
                     reason = _no_compiler(cls.name, error)
                 elif type(error).__name__ == "CannotBuild":
                     reason = _cannot_build(cls.name, error)
@@ -108,10 +108,14 @@ def plan(
 def _no_compiler(name: str, error: Exception) -> str:
     if name not in _warned:
         _warned.add(name)
+        advice = (
+            "On Debian or Ubuntu `apt install g++` provides a compiler"
+            if type(error).__name__ == "NoCompiler"
+            else "Kernels from a pack need no compiler"
+        )
         warnings.warn(
-            f"flashloom computes attention with its slow torch reference: {error}. On Debian or Ubuntu `apt install "
-            "g++` provides a compiler; "
-            "`flashloom doctor` shows what was found.",
+            f"flashloom passes over its {name} kernels, which leaves other kernels or the slow torch reference: "
+            f"{error}. {advice}; `flashloom doctor` shows what was found.",
             RuntimeWarning,
             stacklevel=5,
         )

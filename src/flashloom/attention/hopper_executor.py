@@ -19,7 +19,7 @@ from flashloom.attention.kernels.hopper.asked import Form
 from flashloom.attention.triton_buffers import PLAN_BLOCK, Buffers, Sizes, Staging
 from flashloom.attention.triton_executor import TritonExecutor
 from flashloom.kernel import gluon, launch
-from flashloom.kernel.triton import TritonKernel, installed
+from flashloom.kernel.triton import TritonKernel
 from flashloom.kv_cache.cache import KV
 from flashloom.kv_cache.pages import PageTable
 from flashloom.target import Target
@@ -41,8 +41,6 @@ class HopperExecutor(TritonExecutor):
     @classmethod
     def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
         """Why it cannot serve this, in a few words, or None."""
-        if not installed():
-            return "Triton is not installed (flashloom[gpu])"
         if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
             return "it needs compute capability 9.0"
         return asked.unsuitable(spec)
@@ -112,7 +110,7 @@ class HopperExecutor(TritonExecutor):
     ) -> list[TritonKernel]:
         """What such plans need on a target; see `dispatch.kernels`."""
         few = mean_q_len * spec.heads.group <= FEW_ROWS
-        if not installed() or target.name != "sm90" or asked.unsuitable(spec) or few or page_size % config.LEAST_BOX:
+        if target.name != "sm90" or asked.unsuitable(spec) or few or page_size % config.LEAST_BOX:
             return []
         chosen = asked.choose(spec, mean_q_len, page_size)
         return [

@@ -7,7 +7,9 @@ import threading
 
 import torch
 
+from flashloom.attention.kernels.triton.asked import KERNELS
 from flashloom.kernel import launch
+from flashloom.kernel.source import Source
 from flashloom.kernel.triton import TritonKernel, pointer
 from flashloom.kv_cache.cache import KV, LARGEST
 from flashloom.target import Target
@@ -34,8 +36,6 @@ def append_kernel(
     target: Target,
 ) -> TritonKernel:
     """The append kernel for tokens of dtype `k` into a cache of dtype `cache`; values: there are values to store."""
-    from flashloom.attention.kernels.triton.append import append
-
     same = k == cache and cache.itemsize == 1  # bytes that stay as they are
     old = not same and int(target.name.removeprefix("sm")) < 89
     mantissa = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}.get(cache, 0) if old else 0
@@ -47,7 +47,7 @@ def append_kernel(
         1).bit_length(), "ROWS": ROWS, "SCALED": scaled and not same, "HIGHEST": 0.0 if same else LARGEST.get(cache,
         0.0), "MANTISSA": mantissa, "VALUES": values,
     }  # fmt: skip
-    return TritonKernel(append, signature, constants, (), target, 4, 1)
+    return TritonKernel(Source(f"{KERNELS}.append", "append"), signature, constants, (), target, 4, 1)
 
 
 def append(kv: KV, k: torch.Tensor, v: torch.Tensor | None, slots: torch.Tensor) -> None:

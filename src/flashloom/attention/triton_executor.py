@@ -19,7 +19,7 @@ from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
 from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
 from flashloom.kernel import launch
-from flashloom.kernel.triton import TritonKernel, installed, interpreting
+from flashloom.kernel.triton import TritonKernel, interpreting
 from flashloom.kv_cache.cache import KV
 from flashloom.kv_cache.pages import PageTable
 from flashloom.target import Target
@@ -49,8 +49,6 @@ class TritonExecutor:
     @classmethod
     def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
         """Why it cannot serve this, in a few words, or None."""
-        if not installed():
-            return "Triton is not installed (flashloom[gpu])"
         if device.type != "cuda" and not interpreting():
             return "Triton needs a GPU"
         if spec.block_sparse:
@@ -114,7 +112,7 @@ class TritonExecutor:
         cls, spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int
     ) -> list[TritonKernel]:
         """What such plans need on a target; see `dispatch.kernels`."""
-        if not installed() or not target.name.startswith("sm") or spec.block_sparse:
+        if not target.name.startswith("sm") or spec.block_sparse:
             return []
         capability = int(target.name[2:])
         found: list[TritonKernel] = []

@@ -38,10 +38,10 @@ def tensor_map_type(box: Sequence[int], dtype: torch.dtype) -> str:
 class GluonKernel(TritonKernel):
     """One Gluon kernel to compile; see `TritonKernel`."""
 
-    def _source(self, types: dict[str, Any], attributes: dict[Any, Any]) -> Any:
+    def _source(self, function: Any, types: dict[str, Any], attributes: dict[Any, Any]) -> Any:
         from triton.experimental.gluon._runtime import GluonASTSource
 
-        return GluonASTSource(self.function, types, dict(self.constants), attributes)
+        return GluonASTSource(function, types, self.loaded_constants(), attributes)
 
 
 class TensorMaps:

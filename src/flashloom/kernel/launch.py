@@ -29,7 +29,7 @@ def launcher(kernel: TritonKernel, device: torch.device) -> Launcher:
 
 class _Interpreted:
     def __init__(self, kernel: TritonKernel):
-        self._kernel = kernel
+        self._kernel, self._function, self._constants = kernel, kernel.function.load(), kernel.loaded_constants()
 
     def __call__(self, grid: int, words: Sequence[Any]) -> None:
         if grid == 0:
@@ -40,4 +40,4 @@ class _Interpreted:
             n = len(kind) if isinstance(kind, tuple) else 1
             taken, rest = rest[:n], rest[n:]
             arguments[name] = tuple(taken) if isinstance(kind, tuple) else taken[0]
-        self._kernel.function[(grid,)](**arguments, **self._kernel.constants)
+        self._function[(grid,)](**arguments, **self._constants)

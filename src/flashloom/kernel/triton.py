@@ -2,15 +2,18 @@
 launcher.
 
 A `TritonKernel` says what is asked: the jit function, the types of its run-time arguments and its constants. On a host
-without a GPU it
-compiles all the same; `kernel.cuda` loads the result.
+without a GPU it compiles all the same; `kernel.cuda` loads the result. Triton is imported to compile, and for nothing
+else: what is stored is identified, found, loaded and launched without it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
+import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 
 from flashloom import store
+from flashloom.kernel.source import Named, Source
 from flashloom.target import Target
 
 __all__ = ["POINTERS", "TritonKernel", "interpreting", "pointer"]
@@ -38,10 +42,10 @@ def pointer(dtype: torch.dtype) -> str:
 
 def interpreting() -> bool:
     """Whether Triton's functions run in its interpreter (TRITON_INTERPRET=1 when Triton was first imported)."""
-    try:
-        from triton import knobs
-    except ImportError:
+    if not sys.modules.get("triton") and not (os.environ.get("TRITON_INTERPRET") and installed()):
         return False
+    from triton import knobs
+
     return bool(knobs.runtime.interpret)
 
 
@@ -52,15 +56,18 @@ def installed() -> bool:
 
 @functools.lru_cache
 def toolchain() -> dict[str, str]:
-    """What of the toolchain decides the machine code: Triton's version (it brings its own assembler). Raises
-    store.NoToolchain."""
-    try:
-        import triton
-    except ImportError:
+    """What of the toolchain decides the machine code: Triton's version (it brings its own assembler), as the installed
+    package states it. Raises store.NoToolchain."""
+    if not installed():
         raise store.NoToolchain(
             "Triton is not installed: install flashloom[gpu], or use a pack with the kernels built ahead"
-        ) from None
-    return {"triton": triton.__version__}
+        )
+    try:
+        return {"triton": importlib.metadata.version("triton")}
+    except importlib.metadata.PackageNotFoundError:  # a build of its own, not installed as a package
+        import triton
+
+        return {"triton": triton.__version__}
 
 
 @dataclass(frozen=True)
@@ -68,11 +75,10 @@ class TritonKernel:
     """One kernel to compile.
 
     signature: run-time arguments by name, in the function's order, as Triton names types (a tuple of them for a tuple
-    argument);
-    constants: every other argument; aligned: names of pointers that are multiples of 16 bytes.
+    argument); constants: every other argument, functions and types of numbers as `Named`; aligned: names of pointers that are multiples of 16 bytes.
     """
 
-    function: Any
+    function: Source
     signature: Mapping[str, Any]
     constants: Mapping[str, Any]
     aligned: tuple[str, ...]
@@ -82,14 +88,14 @@ class TritonKernel:
 
     @property
     def name(self) -> str:
-        return str(self.function.__name__)
+        return self.function.name
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
         """What identifies the kernel, for the store: source digests, types, constants, target, options."""
         return {
             "kind": "triton",
-            "function": [self.name, self.function.cache_key],
+            "function": self.function.identity,
             "signature": [[name, _plain(kind)] for name, kind in self.signature.items()],
             "constants": {name: _constant(value) for name, value in self.constants.items()},
             "aligned": list(self.aligned),
@@ -110,10 +116,11 @@ class TritonKernel:
         from triton.backends.compiler import GPUTarget
         from triton.compiler.compiler import make_backend
 
-        names = list(self.function.arg_names)
+        function = self.function.load()
+        names = list(function.arg_names)
         types = {name: self.signature.get(name, "constexpr") for name in names}
         attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned}
-        source = self._source(types, attributes)
+        source = self._source(function, types, attributes)
         target = GPUTarget("cuda", int(self.target.name.removeprefix("sm")), 32)
         backend = make_backend(target)
         options = backend.parse_options({"num_warps": self.num_warps, "num_stages": self.num_stages})
@@ -133,10 +140,14 @@ class TritonKernel:
                 results[stage] = module
         return results, metadata
 
-    def _source(self, types: dict[str, Any], attributes: dict[Any, Any]) -> Any:
+    def _source(self, function: Any, types: dict[str, Any], attributes: dict[Any, Any]) -> Any:
         from triton.compiler.compiler import ASTSource
 
-        return ASTSource(self.function, types, dict(self.constants), attributes)
+        return ASTSource(function, types, self.loaded_constants(), attributes)
+
+    def loaded_constants(self) -> dict[str, Any]:
+        """The constants as Triton takes them."""
+        return {name: value.load() if isinstance(value, Named) else value for name, value in self.constants.items()}
 
     def _build(self, folder: Path) -> dict[str, Any]:
         results, metadata = self.compile()
@@ -180,9 +191,9 @@ def _plain(kind: Any) -> Any:
 
 
 def _constant(value: Any) -> Any:
-    """A constant as JSON: functions by the digest of their source."""
-    if hasattr(value, "cache_key"):
-        return [value.__name__, value.cache_key]
+    """A constant as JSON."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return str(value)
+    if isinstance(value, Named):
+        return value.identity
+    raise TypeError(f"the constant {value!r} of a kernel has no identity: give a number, a text, or a Named")

@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
+import re
 import tempfile
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from flashloom.variant import ranges
 from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, INT_BOUNDS, Expr, Param, Program, topological
@@ -285,20 +288,52 @@ def _index(program: Program, hook: str, elements: dict[Expr, int]) -> list[str]:
     return [*lines, "", "", f"{hook.upper()}_LOADS = {len(elements)}"]
 
 
+@dataclass(frozen=True)
+class Function:
+    """One function of a program's module, known by the module's text; `load` makes Triton's object of it."""
+
+    program: Program
+    text: str = field(compare=False, repr=False)
+    name: str
+
+    @property
+    def identity(self) -> list[str]:
+        return [self.name, _digest(self.text)]
+
+    def load(self) -> Any:
+        return getattr(load(self.program), self.name)
+
+
+@lru_cache(maxsize=512)
+def functions(program: Program) -> SimpleNamespace:
+    """The program's functions for a kernel that is asked for, each a `Function` or None, with QUERY_LOADS, KEY_LOADS and
+    the module's `text`. Triton is not imported."""
+    text = render(program)
+    found: dict[str, Any] = {f"{hook.upper()}_LOADS": 0 for hook in ("query", "key")}
+    found |= {name: int(number) for name, number in re.findall(r"^(\w+_LOADS) = (\d+)$", text, re.MULTILINE)}
+    names = [*HOOKS, "mask_bounds", "query_index", "key_index"]
+    return SimpleNamespace(
+        text=text, **found, **{n: Function(program, text, n) if f"\ndef {n}(" in text else None for n in names}
+    )
+
+
 @lru_cache(maxsize=512)
 def load(program: Program) -> SimpleNamespace:
-    """The program's functions, ready to be passed to kernels, with QUERY_LOADS and KEY_LOADS. Triton reads a function's
-    source from its file, so the module is written to a private temporary folder; `text` is its content, which
-    identifies it."""
-    text = render(program)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    """The program's functions as Triton's objects, which kernels are compiled with, or None. Triton reads a function's
+    source from its file, so the module is written to a private temporary folder."""
+    text = functions(program).text
+    name = f"variant_{_digest(text)[:16]}"
     with tempfile.TemporaryDirectory(prefix="flashloom-") as folder:
-        path = Path(folder) / f"variant_{digest}.py"
+        path = Path(folder) / f"{name}.py"
         path.write_text(text)
-        spec = importlib.util.spec_from_file_location(f"flashloom_variant_{digest}", path)
+        spec = importlib.util.spec_from_file_location(f"flashloom_{name}", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    names = [*HOOKS, "mask_bounds", "query_index", "key_index", "QUERY_LOADS", "KEY_LOADS"]
-    return SimpleNamespace(text=text, **{n: getattr(module, n) for n in names})
+    return SimpleNamespace(**{n: getattr(module, n) for n in [*HOOKS, "mask_bounds", "query_index", "key_index"]})
+
+
+@lru_cache(maxsize=512)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

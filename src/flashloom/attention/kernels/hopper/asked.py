@@ -13,6 +13,7 @@ from flashloom.attention.kernels.hopper.config import BLOCK_M, Config, width
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.shape import HeadShape
 from flashloom.kernel.gluon import GluonKernel, tensor_map_type
+from flashloom.kernel.source import Source
 from flashloom.kernel.triton import TritonKernel, pointer
 from flashloom.lower import triton as lower
 from flashloom.target import Target
@@ -48,7 +49,7 @@ def unsuitable(spec: AttentionSpec) -> str | None:
         return f"head widths above 256 are not supported (dim={heads.dim}, value_dim={heads.value_dim})"
     if heads.dim % 8 or heads.value_dim % 8:
         return f"head widths must be multiples of 8 (dim={heads.dim}, value_dim={heads.value_dim})"
-    if "_block_range(values" in lower.load(program).text:
+    if "_block_range(values" in lower.functions(program).text:
         return "masks whose tile verdict reads tensors are not supported"
     return None
 
@@ -73,9 +74,7 @@ def boxes(spec: AttentionSpec, config: Config) -> tuple[tuple[int, ...], ...]:
 
 def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: int, target: Target) -> GluonKernel:
     """The attention kernel of a spec; page_size 0 where each request is one run of tokens."""
-    from flashloom.attention.kernels.hopper.attend import attend
-
-    heads, hooks, dtype = spec.heads, lower.load(spec.program), spec.q_dtype
+    heads, hooks, dtype = spec.heads, lower.functions(spec.program), spec.q_dtype
     dim, value_dim = width(heads.dim), width(heads.value_dim)
     names = ("q", "k", "v", "out_map")
     signature: dict[str, Any] = {n: tensor_map_type(box, dtype) for n, box in zip(names, boxes(spec, config))}
@@ -92,7 +91,8 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "REUSE_Q": dim == value_dim == 256, "RING": sizes.RING, "CONSUMER_REGISTERS": config.registers,
         "OTHER_REGISTERS": config.other_registers,
     }  # fmt: skip
-    return GluonKernel(attend, signature, constants, ("out", "items", "pages"), target, 4, 1)
+    source = Source("flashloom.attention.kernels.hopper.attend", "attend")
+    return GluonKernel(source, signature, constants, ("out", "items", "pages"), target, 4, 1)
 
 
 def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target) -> TritonKernel:

@@ -9,12 +9,14 @@ import torch
 
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton.config import Config, Need, power_of_two, split
+from flashloom.kernel.source import Number, Source
 from flashloom.kernel.triton import TritonKernel, interpreting, pointer
 from flashloom.lower import triton as lower
 from flashloom.target import Target
 
-__all__ = ["Form", "attend_kernel", "need", "parts", "plan_kernel", "value_types"]
+__all__ = ["KERNELS", "Form", "attend_kernel", "need", "parts", "plan_kernel", "value_types"]
 
+KERNELS = "flashloom.attention.kernels.triton"  # kernel files are named, not imported: they import Triton
 STRIDES = ("q_token", "q_head_step", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "out_token",
 "out_head", "lse_token",
            "lse_head", "k_scale_page", "k_scale_head", "v_scale_page", "v_scale_head")  # fmt: skip
@@ -84,10 +86,7 @@ def parts(form: Form, config: Config) -> int:
 
 def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: int, target: Target) -> TritonKernel:
     """The attention kernel of a spec; page_size 0 where each request is one run of tokens."""
-    import triton.language as tl
-    from flashloom.attention.kernels.triton.attend import attend
-
-    heads, hooks, count = spec.heads, lower.load(spec.program), parts(form, config)
+    heads, hooks, count = spec.heads, lower.functions(spec.program), parts(form, config)
     if count > 1:
         config = replace(config, block_m=config.block_m // count, num_warps=8)
     qk, pv, precision, factor = number_types(spec, form.page_scales)
@@ -141,19 +140,18 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "DIM": heads.dim, "VALUE_DIM": heads.value_dim, "D0": d0, "D1": d1, "V0": v0, "V1": v1,
         "PAGE_SIZE": page_size, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "MERGE_ROWS": merge_rows,
         "MERGE_SPLITS": max(1, min(32, elements // (merge_rows * v0))), "VEC_Q": vector["q"], "VEC_K": vector["k"],
-        "VEC_V": vector["v"], "VEC_OUT": vector["out"], "QK_TYPE": getattr(tl, qk), "PV_TYPE": getattr(tl, pv),
+        "VEC_V": vector["v"], "VEC_OUT": vector["out"], "QK_TYPE": Number(qk), "PV_TYPE": Number(pv),
         "PRECISION": precision, "K_SCALE": 2 if form.page_scales else 1, "V_SCALE": 2 if form.page_scales else 1,
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
         "ONE_LOOP": config.block_m == 16, "PARTS": count,
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))
-    return TritonKernel(attend, signature, constants, aligned, target, config.num_warps, config.num_stages)
+    source = Source(f"{KERNELS}.attend", "attend")
+    return TritonKernel(source, signature, constants, aligned, target, config.num_warps, config.num_stages)
 
 
 def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target) -> TritonKernel:
     """The planner kernel that goes with an attention kernel."""
-    from flashloom.attention.kernels.triton.plan import plan
-
     pointers = ("q_indptr", "kv_lens", "page_indptr", "table", "items", "pages", "scratch", "error")
     signature: dict[str, Any] = dict.fromkeys(pointers, "*i32")
     signature |= {name: "fp32" if name == "merge_ratio" else "i32" for name in PLAN_NUMBERS}
@@ -164,7 +162,7 @@ def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target
         "BLOCK_N": config.block_n,
         "PAGED": paged,
     }
-    return TritonKernel(plan, signature, constants, ("items", "scratch"), target, 4, 1)
+    return TritonKernel(Source(f"{KERNELS}.plan", "plan"), signature, constants, ("items", "scratch"), target, 4, 1)
 
 
 def need(
