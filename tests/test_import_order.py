@@ -18,7 +18,7 @@ LAYERS = [
     {"records"},
     {"kernel"},
     {"attention", "kv_cache", "ops", "dispatch"},
-    {"tune", "bench", "pack", "serving"},
+    {"tune", "bench", "monitor", "pack", "serving"},
     {"integrations", "compat", "cli", "commands", "testing", "demo", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

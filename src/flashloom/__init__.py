@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flashloom.attention import Attention, Batch, BlockSparseKV, HeadShape, Plan, Reserve, attention, merge  # type: ignore[no-redef]
     from flashloom.bench import Workload, bench, workloads  # type: ignore[no-redef]
     from flashloom.kv_cache import DenseKV, PagedKVCache, PageTable, RaggedKV, append  # type: ignore[no-redef]
+    from flashloom.monitor import Monitor, monitor
     from flashloom.pack import Pack, prepare
     from flashloom.settings import configure
     from flashloom.store import SealedError, seal, use
@@ -52,6 +53,7 @@ _PUBLIC = {
     "attention": ("Attention", "Batch", "BlockSparseKV", "HeadShape", "Plan", "Reserve", "attention", "merge"),
     "bench": ("Workload", "bench", "workloads"),
     "kv_cache": ("DenseKV", "PageTable", "PagedKVCache", "RaggedKV", "append"),
+    "monitor": ("Monitor", "monitor"),
     "pack": ("Pack", "prepare"),
     "settings": ("configure",),
     "store": ("SealedError", "seal", "use"),
@@ -65,12 +67,12 @@ _PUBLIC = {
 _HOME = {name: f"flashloom.{module}" for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
-    "Attention", "Batch", "Bits", "BlockSparseKV", "DenseKV", "HeadShape", "Pack", "PageTable", "PagedKVCache",
-    "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Plan", "RaggedKV", "Reserve", "Scalar",
-    "SealedError", "Target", "TraceError", "Variant", "Workload", "alibi", "alibi_slopes", "append", "attention",
-    "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex", "full", "length_temperature", "merge",
-    "packed_mask", "prefix_lm", "prepare", "rope", "rope_frequencies", "seal", "sigmoid", "sink", "sliding_window",
-    "softcap", "use", "workloads",
+    "Attention", "Batch", "Bits", "BlockSparseKV", "DenseKV", "HeadShape", "Monitor", "Pack", "PageTable",
+    "PagedKVCache", "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Plan", "RaggedKV",
+    "Reserve", "Scalar", "SealedError", "Target", "TraceError", "Variant", "Workload", "alibi", "alibi_slopes",
+    "append", "attention", "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex", "full",
+    "length_temperature", "merge", "monitor", "packed_mask", "prefix_lm", "prepare", "rope", "rope_frequencies",
+    "seal", "sigmoid", "sink", "sliding_window", "softcap", "use", "workloads",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import weakref
 from typing import Any
@@ -20,6 +21,7 @@ from flashloom.kv_cache.views import as_kv
 from flashloom.variant import full
 from flashloom.variant.variant import Variant
 
+_log = logging.getLogger("flashloom")
 _handles = itertools.count(1)
 #: Plans by handle, for calls that come back through torch.library.
 PLANS: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
@@ -123,6 +125,7 @@ class Plan:
         self._executor, self._refusals = dispatch.plan(spec, self._device, batch, reserve)
         self.handle = next(_handles)
         PLANS[self.handle] = self
+        _log.debug("planned %s with %s for %s", batch, self._executor.name, attention)
 
     # --- run ---
 

@@ -10,7 +10,7 @@ import torch
 
 from flashloom import settings
 
-__all__ = ["claim", "describe", "held"]
+__all__ = ["claim", "describe", "held", "totals"]
 
 _lock = threading.RLock()
 #: Bytes by the object that owns them; an owner that is gone owns nothing.
@@ -21,6 +21,13 @@ def held(device: torch.device, but: object = None) -> int:
     """Bytes that plans' workspaces hold on a device, without those of the owner `but`."""
     with _lock:
         return sum(size for owner, (place, size) in _claims.items() if place == device and owner is not but)
+
+
+def totals() -> dict[str, int]:
+    """`held` of every device that holds any, by the device's name."""
+    with _lock:
+        devices = {str(place): place for place, size in _claims.values() if size}
+        return {name: held(place) for name, place in sorted(devices.items())}
 
 
 def claim(owner: object, device: torch.device, size: int) -> None:

@@ -34,6 +34,7 @@ __all__ = ["Counters", "NoToolchain", "SealedError", "counters", "default_folder
 
 log = logging.getLogger("flashloom")
 _T = TypeVar("_T")
+listeners: list[Callable[[Entry], None]] = []  # called with each entry that this process has built
 _POLL_S = 0.01  # between two looks at first; ten times as much later
 _NOTICE_S = 5.0
 
@@ -288,6 +289,8 @@ def _build(blank: Entry, build: Callable[[Path], Mapping[str, Any] | None]) -> E
     entry = dataclasses.replace(blank, metadata=dict(metadata), files=files, seconds=seconds)
     _count(builds=1, build_seconds=seconds)
     log.info("built %s (%s) in %.2f s", entry.label, entry.key.key[:12], seconds)
+    for listener in list(listeners):
+        listener(entry)
     return _publish(entry)
 
 
