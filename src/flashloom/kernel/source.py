@@ -1,5 +1,5 @@
-"""What a GPU kernel is made of, by content: a kernel file is read to identify it and imported only to compile it, because
-importing it imports Triton, which a host with stored kernels may lack.
+"""What a GPU kernel is made of, by content: a kernel file is read to identify it and imported only to compile it,
+because importing it imports Triton, which a host with stored kernels may lack.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _digest(module: str) -> str:
 
 
 def files_of(module: str) -> dict[str, bytes]:
-    """The bytes of a module's file and of those of flashloom that it imports, by module; packages' own files, which hold
-    no code, are left out."""
+    """The bytes of a module's file and of those of flashloom that it imports, by module; packages' own files, which
+    hold no code, are left out."""
     found: dict[str, bytes] = {}
     waiting = [module]
     while waiting:
@@ -86,14 +86,9 @@ def files_of(module: str) -> dict[str, bytes]:
         for source, names, plain in _IMPORT.findall(found[name].decode()):
             if source.startswith("."):
                 raise ValueError(f"{name} has a relative import; kernel files name modules in full, to be identified")
-            waiting += (
-                [plain.rstrip(",")] if plain else [source, *(f"{source}.{part.split()[0]}" for part in _split(names))]
-            )
+            parts = [part.split()[0] for part in names.split(",") if part.strip()]
+            waiting += [plain] if plain else [source, *(f"{source}.{part}" for part in parts)]
     return found
-
-
-def _split(names: str) -> list[str]:
-    return [part for part in names.split(",") if part.strip()]
 
 
 def _path(module: str) -> Path | None:

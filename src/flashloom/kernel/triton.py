@@ -75,7 +75,8 @@ class TritonKernel:
     """One kernel to compile.
 
     signature: run-time arguments by name, in the function's order, as Triton names types (a tuple of them for a tuple
-    argument); constants: every other argument, functions and types of numbers as `Named`; aligned: names of pointers that are multiples of 16 bytes.
+    argument); constants: every other argument, functions and types of numbers as `Named`; aligned: names of pointers
+    that are multiples of 16 bytes.
     """
 
     function: Source

@@ -306,8 +306,8 @@ class Function:
 
 @lru_cache(maxsize=512)
 def functions(program: Program) -> SimpleNamespace:
-    """The program's functions for a kernel that is asked for, each a `Function` or None, with QUERY_LOADS, KEY_LOADS and
-    the module's `text`. Triton is not imported."""
+    """The program's functions for a kernel that is asked for, each a `Function` or None, with QUERY_LOADS, KEY_LOADS
+    and the module's `text`. Triton is not imported."""
     text = render(program)
     found: dict[str, Any] = {f"{hook.upper()}_LOADS": 0 for hook in ("query", "key")}
     found |= {name: int(number) for name, number in re.findall(r"^(\w+_LOADS) = (\d+)$", text, re.MULTILINE)}
