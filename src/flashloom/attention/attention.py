@@ -279,9 +279,9 @@ class Plan:
 
     def update(self, batch: Batch, *, variant: Variant | None = None) -> None:
         """Follow a batch with other lengths, tables and number of requests, within the reserve; compiles nothing, and
-        no address changes. Kind of KV, page size and device stay those of the planned batch; exceeding the reserve is
-        a ValueError. variant: another instance of the planned variant, from now on in place of the former one (masks
-        and per-request values of the new batch)."""
+        no address changes. Kind of KV, page size (of pages; not the tokens of DenseKV) and device stay those of the
+        planned batch; exceeding the reserve is a ValueError. variant: another instance of the planned variant, from now
+        on in place of the former one (masks and per-request values of the new batch)."""
         if not self._busy.acquire(False):
             raise RuntimeError(
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
@@ -290,8 +290,8 @@ class Plan:
             check.batch(batch, self._device)
             old = self._batch
             for name, was, now in (
-                ("a page size of", old.page_size, batch.page_size),
-                ("KV", "ragged" if old.ragged else "paged", "ragged" if batch.ragged else "paged"),
+                ("KV", old.kind, batch.kind),
+                ("a page size of", *(0 if b.kind == "dense" else b.page_size for b in (old, batch))),
                 ("lengths on", old.device, batch.device),
                 ("a block pattern:", old.blocks is not None, batch.blocks is not None),
             ):
@@ -312,6 +312,7 @@ class Plan:
             try:
                 self._executor.update(batch)
             except MemoryError:
+                self._variant, self._values = former
                 self._accept_batch(old)
                 raise
         finally:
@@ -326,6 +327,8 @@ class Plan:
             check.batch_fields(self._program, self._values, checked)
             self._others.clear()
         self._batch, self._checked, self._nothing = batch, checked, batch.tokens == 0
+        if batch.kind == "dense":
+            self._kv_known = None  # the tokens per row may be others
         if self._q_shape is not None and self._q_shape[0] < (batch.tokens or 0):
             self._q_shape = None
         self._kv_signature = None  # its pages are compared with the new table in the next run

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flashloom.kv_cache.integers import INT32_MAX, Integers, cumulative, lengths, offsets, on_host, positive, to_int32
-from flashloom.kv_cache.pages import KVLayout
+from flashloom.kv_cache.pages import DenseKV, KVLayout
 
 
 class BlockSparseKV(KVLayout):
@@ -193,6 +193,12 @@ class Batch:
         self.kv, self.q_indptr, self.max_q_len, self.tokens = kv, starts, max_q_len, tokens
         self.kv_lens, self.page_indptr, self.pages, self.page_size = kv.kv_lens, kv.page_indptr, kv.pages, kv.page_size
         self.requests, self.ragged, self.host, self.device = kv.requests, kv.ragged, kv.host, kv.device
+
+    @property
+    def kind(self) -> str:
+        """How keys lie: "paged", "ragged" or "dense"."""
+        kv = self.kv.kv if isinstance(self.kv, BlockSparseKV) else self.kv
+        return "ragged" if kv.ragged else "dense" if isinstance(kv, DenseKV) else "paged"
 
     @property
     def blocks(self) -> BlockSparseKV | None:

@@ -216,9 +216,10 @@ class RaggedKV(KVLayout):
 
 class DenseKV(KVLayout):
     """One equally long row of tokens per request, [requests, tokens, kv_heads, dim] (in "HND" [requests, kv_heads,
-    tokens, dim]); `lens` says how many are valid, all of them unless given."""
+    tokens, dim]); `lens` says how many are valid, all of them unless given. `rows`: the row of each request, where that
+    is not its number; several requests may share one. A plan's `update` may change `tokens`."""
 
-    def __init__(self, requests: int, tokens: int, lens: Integers | None = None):
+    def __init__(self, requests: int, tokens: int, lens: Integers | None = None, *, rows: Integers | None = None):
         self.page_size = positive("DenseKV tokens", tokens)
         if isinstance(requests, bool) or not isinstance(requests, int) or requests < 0:
             raise ValueError(f"DenseKV requests={requests!r}: must be an int of at least 0")
@@ -230,6 +231,11 @@ class DenseKV(KVLayout):
                 f"DenseKV lens has {self.kv_lens.numel()} entries for {requests} requests: give one per request"
             )
         self.page_indptr = torch.arange(requests + 1, dtype=torch.int32, device=self.device)
-        self.pages = self.page_indptr[:-1]
+        self.pages = self.page_indptr[:-1] if rows is None else to_int32("DenseKV rows", rows)
+        if self.pages.numel() != requests or self.pages.device != self.device:
+            raise ValueError(
+                f"DenseKV rows has {self.pages.numel()} entries on {self.pages.device} for {requests} requests on "
+                f"{self.device}: give one per request, beside the lengths"
+            )
         if self.host:
             self._check()
