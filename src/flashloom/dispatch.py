@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 if TYPE_CHECKING:
     from flashloom.attention.batch import Batch, Reserve
     from flashloom.attention.executor import AttentionSpec, Executor
+    from flashloom.attention.tuning import Asked
     from flashloom.kernel import Kernel
     from flashloom.target import Target
 
@@ -32,6 +34,7 @@ APPEND: dict[str, str] = {"cuda": "flashloom.attention.triton_append:append"}
 
 _only: ContextVar[str | None] = ContextVar("flashloom_executor", default=None)
 _warned: set[str] = set()
+_log = logging.getLogger("flashloom")
 
 
 @lru_cache
@@ -81,18 +84,38 @@ def kernels(spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int
 def plan(
     spec: AttentionSpec, device: torch.device, batch: Batch, reserve: Reserve | None
 ) -> tuple[Executor, list[tuple[str, str]]]:
-    """The first executor that serves the spec, planned for the batch, and the refusals of those before it as (name,
-    reason)."""
+    """The executor that a tuning record names, or the first that serves the spec, planned for the batch, and the
+    refusals of those before it as (name, reason). A record whose kernel is not to be had counts as none, with a
+    warning."""
+    asked = _find("flashloom.attention.tuning:Asked")(spec, device, reserve)
+    named = asked(batch)
+    try:
+        return _plan(spec, device, batch, reserve, asked, None if named is None else named.backend)
+    except Exception as error:
+        if named is None or asked.strict:
+            raise
+        _log.warning("flashloom: a tuned config cannot serve (%s) and is passed over: %s", named, error)
+    asked.off = True
+    return _plan(spec, device, batch, reserve, asked, None)
+
+
+def _plan(
+    spec: AttentionSpec, device: torch.device, batch: Batch, reserve: Reserve | None, asked: Asked, named: str | None
+) -> tuple[Executor, list[tuple[str, str]]]:
     refusals: list[tuple[str, str]] = []
-    for cls, reason in choose(spec, device):
-        if reason is None and _only.get() is None and hasattr(cls, "declines"):
+    answers = choose(spec, device)
+    for cls, reason in sorted(answers, key=lambda answer: answer[0].name != named) if named else answers:
+        if reason is None and _only.get() is None and cls.name != named and hasattr(cls, "declines"):
             reason = cls.declines(spec, batch)
         if reason is None:
             try:
                 executor = cls(spec, device)
+                executor.tuned = asked.of(cls.name)
                 executor.plan(batch, reserve)
                 return executor, refusals
             except RuntimeError as error:
+                if asked.strict:
+                    raise
                 if type(error).__name__ in ("NoCompiler", "NoToolchain"):
                     reason = _no_compiler(cls.name, error)
                 elif type(error).__name__ == "CannotBuild":

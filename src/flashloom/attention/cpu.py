@@ -10,6 +10,7 @@ import ctypes
 import functools
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from flashloom import settings
 from flashloom.attention import pool
 from flashloom.attention.batch import Batch, Reserve
-from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.executor import AttentionSpec, Tuned, untuned
+from flashloom.attention.kernels.cpu.config import DEFAULT, Config
 from flashloom.kernel import cpp
 from flashloom.kv_cache.cache import KV
 from flashloom.lower.cpp import render
@@ -48,7 +50,8 @@ class Args(ctypes.Structure):
             "q_token q_head out_token out_head lse_token lse_head "
             "k_page k_token k_head v_page v_token v_head k_scale_page k_scale_head v_scale_page v_scale_head "
             "q_indptr kv_indptr kv_lens page_indptr pages page_size requests kv_heads threads batch_invariant "
-            "items item_count item_capacity workspace workspace_size counters counter_count scratch scratch_size"
+            "items item_count item_capacity workspace workspace_size counters counter_count scratch scratch_size "
+            "cut_pieces cut_shortest cut_state cut_decode_rows cut_block_rows"
         ).split()
     ]
 
@@ -66,17 +69,17 @@ def source(spec: AttentionSpec) -> str:
     return f'{coarse}#include "attention.h"\n\n{body}\nFL_ATTENTION\n'
 
 
-def kernel(spec: AttentionSpec, target: Target) -> cpp.CppKernel:
+def kernel(spec: AttentionSpec, target: Target, config: Config = DEFAULT) -> cpp.CppKernel:
     """The kernel that serves a spec on a target, not yet compiled."""
     heads = spec.heads
     names = [STORAGE[spec.q_dtype], STORAGE[spec.kv_dtype], f"{heads.dim}", f"{heads.value_dim}", f"{heads.group}"]
-    return cpp.CppKernel(f"attention-{'-'.join(names)}", source(spec), (HEADERS,), target)
+    return cpp.CppKernel(f"attention-{'-'.join(names)}", source(spec), (HEADERS,), target, config.defines)
 
 
 @functools.lru_cache(maxsize=4096)
-def _functions(spec: AttentionSpec, target: Target) -> tuple[Any, Any]:
-    built = kernel(spec, target)
-    module = cpp.build(built.source, [HEADERS], target, {}, built.name)
+def _functions(spec: AttentionSpec, target: Target, vector_decode: int, decode_keys: int) -> tuple[Any, Any]:
+    built = kernel(spec, target, Config(vector_decode=vector_decode, decode_keys=decode_keys))
+    module = cpp.build(built.source, [HEADERS], target, built.defines, built.name)
     return module.get_function("schedule"), module.get_function("run")
 
 
@@ -120,6 +123,7 @@ class CpuExecutor:
     """Attention by the kernels of kernels/cpu."""
 
     name = "cpu"
+    tuned: Tuned = staticmethod(untuned)
 
     def __init__(self, spec: AttentionSpec, device: torch.device):
         self._spec = spec
@@ -140,6 +144,7 @@ class CpuExecutor:
         self._kv: KV | None = None
         self._has_lse = False
         self._options: tuple[float, bool] | None = None
+        self._asked: Config | None = None
 
     @classmethod
     def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
@@ -157,9 +162,15 @@ class CpuExecutor:
         """What such plans need on a target; one kernel serves every batch."""
         return [] if cls.refuses(spec, torch.device("cpu")) else [kernel(spec, target)]
 
+    @classmethod
+    def kernels_of(cls, spec: AttentionSpec, target: Target, config: Config, page_size: int) -> list[cpp.CppKernel]:
+        """What plans with this config need on a target."""
+        return [kernel(spec, target, config)]
+
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Find or compile the kernel, and schedule the batch."""
-        self._schedule, self._run = _functions(self._spec, self.target)
+        config = self.config = self.tuned(batch) or DEFAULT
+        self._schedule, self._run = _functions(self._spec, self.target, config.vector_decode, config.decode_keys)
         self._follow(batch)
 
     def update(self, batch: Batch) -> None:
@@ -183,6 +194,13 @@ class CpuExecutor:
         a.page_indptr, a.pages = _address(batch.page_indptr), _address(batch.pages)
         a.page_size, a.requests = batch.page_size, batch.requests
         a.threads = _threads()
+        config = self.tuned(batch) or DEFAULT
+        if config is not self._asked:
+            self._asked = config
+            own = self.config  # update() compiles nothing: the kernel stays that of plan()
+            self._cut = replace(config, decode_keys=own.decode_keys, vector_decode=own.vector_decode)
+            a.cut_pieces, a.cut_shortest, a.cut_state = config.pieces, config.shortest, config.state_kib << 10
+            a.cut_decode_rows, a.cut_block_rows = config.decode_rows, config.block_rows
         self._schedule(self._address)
         if a.item_count > a.item_capacity:
             a.items = self._buffer("items", a.item_count * ITEM_BYTES * 2)
@@ -268,7 +286,7 @@ class CpuExecutor:
         kind = "AMX" if self.target.name == "x86-amx" and spec.kv_dtype is torch.bfloat16 else "vectors"
         return (
             f"compiled for {self.target} ({kind}), {a.item_count} pieces of work on {a.threads} threads, "
-            f"{a.counter_count} of them merged from parts"
+            f"{a.counter_count} of them merged from parts" + (f"; tuned: {self._cut}" if self._cut != DEFAULT else "")
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +33,14 @@ class AttentionSpec:
         return torch.bfloat16 if self.q_dtype.itemsize == 1 else self.q_dtype
 
 
+#: Answers with the backend's config for a batch that a tuning record names, or None: then the default serves.
+Tuned = Callable[[Batch], Any]
+
+
+def untuned(batch: Batch) -> None:
+    """No record is asked."""
+
+
 class CannotBuild(RuntimeError):
     """An executor's kernels cannot be built here: another executor should serve. The message says why."""
 
@@ -43,6 +52,10 @@ class Executor(Protocol):
     name: str
     workspace_size: int
     """Bytes of the buffers it owns."""
+    tuned: Tuned
+    """Set before plan(); asked once where a config is picked. Its configs are valid for the batch."""
+    config: Any
+    """The config in force, after plan()."""
 
     def __init__(self, spec: AttentionSpec, device: torch.device): ...
 

@@ -74,7 +74,7 @@ class HopperExecutor(TritonExecutor):
             )
         self._reserve, self._batch = reserve or Reserve(), batch
         self.target = Target("sm90")
-        self._config = asked.choose(spec, _mean(batch), self._page)
+        self._config = self.config = self.tuned(batch) or asked.choose(spec, _mean(batch), self._page)
         self._programs = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._fixed, self._merge_ratio = UNSPLIT, 1.0
         self._groups = heads.q_heads // self._config.pack

@@ -5,12 +5,14 @@ cannot be captured in a graph."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
-from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.executor import AttentionSpec, Tuned, untuned
 from flashloom.kv_cache.append import scale_of
 from flashloom.kv_cache.cache import KV
 from flashloom.kv_cache.views import as_kv
@@ -107,6 +109,46 @@ def attend(
             out[at] = o.to(out.dtype)
             if lse is not None:
                 lse[at] = s.to(lse.dtype)
+
+
+def attend_tokens(
+    program: Program,
+    values: tuple[Any, ...],
+    q: torch.Tensor,
+    kv: KV,
+    batch: Batch,
+    sm_scale: float,
+    tokens: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows of some query tokens alone, for checking where all of them would take too long: out [len(tokens),
+    q_heads, value_dim] and lse [len(tokens), q_heads] (None without softmax), in `dtype`. The batch is on the host and
+    has no block pattern."""
+    starts, kv_starts, kv_lens = batch.q_indptr.tolist(), batch.kv_indptr.tolist(), batch.kv_lens.tolist()
+    out = torch.zeros(len(tokens), q.shape[1], kv.v.shape[-1], dtype=dtype, device=q.device)
+    lse = torch.full(out.shape[:2], -torch.inf, dtype=dtype, device=q.device) if program.softmax else None
+    wanted: dict[int, list[int]] = {}
+    for place, token in enumerate(tokens):
+        wanted.setdefault(bisect_right(starts, token) - 1, []).append(place)
+    for b, places in wanted.items():
+        q_len, kv_len = starts[b + 1] - starts[b], kv_lens[b]
+        if kv_len == 0:
+            continue
+        where = {"batch": b, "q_len": q_len, "kv_len": kv_len, "q_start": starts[b], "kv_start": kv_starts[b]}
+        scalars = {name: torch.tensor(value, dtype=torch.int32, device=q.device) for name, value in where.items()}
+        keys, vals = _gather(kv, batch, b, dtype)
+        if program.key is not None:
+            inputs = scalars | {"kv_pos": _column(kv_len, q), "kv_head": _row(kv.k.shape[2], q)}
+            keys = _vector_hook(program, "key", keys, values, inputs)
+        at = torch.tensor([tokens[place] for place in places], dtype=torch.int32, device=q.device)
+        pos = at + (kv_len - q_len - starts[b])
+        rows = q[at.long()].to(dtype)
+        o, s = _attend_rows(program, values, rows, keys, vals, pos, scalars, sm_scale, None, False)
+        out[places] = o
+        if lse is not None:
+            lse[places] = s
+    return out, lse
 
 
 def _attend_rows(
@@ -210,6 +252,8 @@ class ReferenceExecutor:
 
     name = "reference"
     workspace_size = 0
+    config = None
+    tuned: Tuned = staticmethod(untuned)
 
     def __init__(self, spec: AttentionSpec, device: torch.device):
         self._spec = spec

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
-from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.executor import AttentionSpec, Tuned, untuned
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
@@ -33,6 +33,7 @@ class TritonExecutor:
     """Executor of the Triton kernels; see `executor.Executor`."""
 
     name = "triton"
+    tuned: Tuned = staticmethod(untuned)
 
     def __init__(self, spec: AttentionSpec, device: torch.device):
         self.spec, self.device = spec, device
@@ -75,7 +76,7 @@ class TritonExecutor:
         mean = -(-batch.tokens // max(batch.requests, 1)) if batch.tokens is not None else batch.max_q_len
         page_size, requests = batch.page_size if self._paged else 0, self._reserve.requests or batch.requests
         need = asked.need(spec, batch.max_q_len, mean, page_size, major * 10 + minor, requests)
-        self.config = choose(need)
+        self.config = self.tuned(batch) or choose(need)
         self._programs = processors * self.config.resident
         self._fixed = (
             -(-FIXED_KEYS // self.config.block_n)

@@ -43,6 +43,8 @@ struct Args {
   int64_t counter_count;
   char* scratch;           // per thread
   int64_t scratch_size;    // bytes per thread, set by schedule()
+  // how the schedule cuts (config.py); 0: what the kernel would choose
+  int64_t cut_pieces, cut_shortest, cut_state, cut_decode_rows, cut_block_rows;
 };
 
 // Where hooks are evaluated. Lane vectors are of rows (RowsAt) or of keys (KeysAt).

@@ -26,20 +26,25 @@ template <class C, class V> struct Kernels {
   typedef DecodeKernel<C, V> Decode;
   static constexpr int DECODE_ROWS = VL >= 16 ? 12 : VL;
 
-  static Limits limits() {
-    return {DECODE_ROWS, Rows::MAX_ROWS, Rows::SUB, Rows::BLOCK, (int64_t)sizeof(typename Decode::Row),
+  static int32_t decode_rows(const Args& a) {
+    return a.cut_decode_rows ? min_of<int64_t>(a.cut_decode_rows, DECODE_ROWS) : DECODE_ROWS;
+  }
+  static Limits limits(const Args& a) {
+    int32_t block = a.cut_block_rows ? min_of<int64_t>(round_up(a.cut_block_rows, Rows::SUB), Rows::MAX_ROWS) : Rows::MAX_ROWS;
+    return {decode_rows(a), block, Rows::SUB, Rows::BLOCK, (int64_t)sizeof(typename Decode::Row),
             (int64_t)sizeof(typename Rows::Scratch), Decode::scratch_size(0), Finish<C, V>::PARTIAL};
   }
   static void schedule(Args& a) {
-    Limits limit = limits();
+    Limits limit = limits(a);
     Scheduler{a, limit}.run(C::GROUP);
   }
   static void run(const Args& a) {
     const typename V::Params params(a.words);
+    const int32_t few = decode_rows(a);
     for_chunks((int)a.threads, a.item_count, [&](int thread, int64_t i) {
       const Item& it = a.items[i];
       char* scratch = a.scratch + thread * a.scratch_size;
-      if (it.row_hi - it.row_lo <= DECODE_ROWS && it.row_lo == 0) Decode(a, params, scratch, it).run();
+      if (it.row_hi - it.row_lo <= few && it.row_lo == 0) Decode(a, params, scratch, it).run();
       else Rows(a, params, scratch, it).run();
     });
   }

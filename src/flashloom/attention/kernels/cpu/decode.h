@@ -8,6 +8,14 @@
 #include "amx_decode.h"
 #include "finish.h"
 
+// Set by a tuned config (config.py): decode without AMX tiles, and another number of keys of a block (a multiple of 32).
+#if !defined(FL_VECTOR_DECODE)
+#define FL_VECTOR_DECODE 0
+#endif
+#if !defined(FL_DECODE_KEYS)
+#define FL_DECODE_KEYS 0
+#endif
+
 namespace flashloom {
 
 template <class C, class V> struct DecodeKernel {
@@ -19,14 +27,14 @@ template <class C, class V> struct DecodeKernel {
   static constexpr int MAX_ROWS = 16;
   static constexpr bool DIRECT_K = D % (2 * VL) == 0 && !V::has_key, DIRECT_V = DV % (2 * VL) == 0;
 #if defined(FL_TILES)
-  static constexpr bool TILED = same<typename C::Q, bf16>::value && (sizeof(typename KV::raw) == 1 || same<KV, bf16>::value) &&
+  static constexpr bool TILED = !FL_VECTOR_DECODE && same<typename C::Q, bf16>::value && (sizeof(typename KV::raw) == 1 || same<KV, bf16>::value) &&
                                 D % 32 == 0 && DV % 32 == 0 && !V::has_key;
   static constexpr int TILE_ROWS = 8;                        // rows of one tile of weights, each in it twice
   static constexpr int QUERIES = V::has_query ? 2 : 1;       // transformed queries are the sum of two bfloat16
 #else
   static constexpr bool TILED = false;
 #endif
-  static constexpr int BLOCK = TILED ? 64 : 32;  // keys
+  static constexpr int BLOCK = FL_DECODE_KEYS ? FL_DECODE_KEYS : TILED ? 64 : 32;  // keys
   static constexpr bool ZIPPED_K = DIRECT_K && pair<KV>::interleaved;
   static constexpr bool ZIPPED_V = TILED || (DIRECT_V && pair<KV>::interleaved);
 

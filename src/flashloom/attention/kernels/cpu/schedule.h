@@ -36,10 +36,10 @@ struct Scheduler {
   static int32_t aligned(int64_t x, int32_t to) { return (int32_t)min_of<int64_t>(round_up(max_of<int64_t>(x, 1), to), 1 << 30); }
 
   void run(int32_t group) {
-    constexpr int64_t STATE = 512 << 10;      // bytes of decode rows that should stay in the cache
-    constexpr int32_t SHORTEST = 256;         // keys of a piece, at least
+    const int64_t STATE = a.cut_state ? a.cut_state : 512 << 10;       // bytes of decode rows that should stay in the cache
+    const int32_t SHORTEST = a.cut_shortest ? a.cut_shortest : 256;    // keys of a piece, at least
     constexpr int32_t INVARIANT = 2048;       // keys of a piece when results must not depend on the batch
-    int64_t heads = a.kv_heads, pieces = a.threads * 4;
+    int64_t heads = a.kv_heads, pieces = a.threads * (a.cut_pieces ? a.cut_pieces : 4);
     int64_t decode_work = 0, row_work = 0, row_units = 0;  // keys x heads; blocks of rows
     for (int64_t b = 0; b < a.requests; b++) {
       int64_t rows = (int64_t)(a.q_indptr[b + 1] - a.q_indptr[b]) * group;

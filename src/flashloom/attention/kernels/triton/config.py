@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["PAIRS", "Config", "Need", "candidates", "choose", "shared_limit", "split", "valid"]
+__all__ = ["OFFERED", "PAIRS", "Config", "Need", "candidates", "choose", "shared_limit", "split", "valid"]
 
 # dynamic shared memory a block may ask for, bytes (CUDA C++ Programming Guide, compute capabilities)
 SHARED = {
@@ -68,6 +68,16 @@ class Config:
         return (
             f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages, {self.resident} per SM"
         )
+
+
+#: Values of each field that are ever offered.
+OFFERED: dict[str, tuple[int, ...]] = {
+    "block_m": (16, 32, 64, 128),
+    "block_n": (16, 32, 64, 128),
+    "num_warps": (1, 2, 4, 8),
+    "num_stages": (1, 2, 3, 4),
+    "resident": (1, 2, 3, 4),
+}
 
 
 def power_of_two(n: int, least: int = 16) -> int:

@@ -1,0 +1,62 @@
+"""Configs of the Hopper kernel that are worth trying beside the one that serves without tuning. Pure: numbers in and
+out."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from flashloom.attention.kernels.hopper.config import LEAST_BOX, Config, box_rows, width
+from flashloom.attention.shape import HeadShape
+
+__all__ = ["OFFERED", "candidates", "valid"]
+
+SHARED = 227 << 10  # bytes of shared memory a block may ask for
+REGISTERS = 64 << 10  # of a multiprocessor
+POWERS = tuple(1 << n for n in range(8))
+#: Values of each field that are ever offered.
+OFFERED: dict[str, tuple[int, ...]] = {
+    "consumers": (2, 3),
+    "block_n": (32, 64, 80, 96, 112, 128, 160, 192),
+    "stages": (2, 3, 4),
+    "pack": POWERS,
+    "box": tuple(range(LEAST_BOX, 257, LEAST_BOX)),
+    "registers": tuple(range(24, 241, 8)),
+    "other_registers": tuple(range(24, 241, 8)),
+}
+_HAS_CONSUMERS = any(field.name == "consumers" for field in fields(Config))
+
+
+def _consumers(config: Config) -> int:
+    return getattr(config, "consumers", 2)
+
+
+def valid(config: Config, heads: HeadShape, page_size: int) -> bool:
+    """Whether the kernel computes these heads with these pages (0: a request is one run of tokens), and fits."""
+    keys, values, consumers = width(heads.dim), width(heads.value_dim), _consumers(config)
+    rows = consumers * 64 * (keys + (0 if keys == values == 256 else values))
+    size = 2 * (rows + config.stages * config.block_n * (keys + values)) + 2048
+    threads = consumers * 128 * config.registers + 4 * 32 * config.other_registers
+    return (
+        size <= SHARED
+        and threads <= REGISTERS
+        and heads.group % config.pack == 0
+        and config.pack <= 64
+        and config.box == box_rows(page_size, config.block_n)
+    )
+
+
+def candidates(default: Config, heads: HeadShape, page_size: int) -> list[Config]:
+    """Other tiles, stages in flight, heads packed and registers, of which the valid ones are answered."""
+    found = []
+    for block_n in (64, 128):
+        box = box_rows(page_size, block_n)
+        for stages in (2, 3):
+            for pack in (n for n in POWERS if heads.group % n == 0 and n <= 64):
+                one = replace(default, block_n=block_n, stages=stages, pack=pack, box=box)
+                found.append(one)
+                if _consumers(default) == 2:
+                    found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 72), (232, 40))]
+    if _HAS_CONSUMERS and max(width(heads.dim), width(heads.value_dim)) == 64:
+        more = {"consumers": 3, "registers": 152, "other_registers": 56}
+        found.append(replace(default, **more if _consumers(default) == 2 else {"consumers": 2}))  # type: ignore[arg-type]
+    return [config for config in dict.fromkeys(found) if config != default and valid(config, heads, page_size)]
