@@ -18,8 +18,7 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-import flashloom as fl
-from flashloom.integrations.transformers_masks import Layout, Mask, dense_layout, flashloom_mask, unmasked_layout
+from flashloom.integrations.transformers_masks import Mask, dense_layout, flashloom_mask, unmasked_layout
 
 NAME = "flashloom"
 
@@ -106,7 +105,7 @@ def flashloom_attention(
     if position_bias is not None:
         raise NotImplementedError("position_bias is not supported by flashloom's transformers integration: use 'sdpa'")
     batch, q_heads, q_length, dim = query.shape
-    heads = fl.HeadShape(q_heads, key.shape[1], dim, value.shape[-1])
+    heads = (q_heads, key.shape[1], dim, value.shape[-1])
     if isinstance(attention_mask, Mask):
         layout = attention_mask.posed(key.shape[2])
     elif attention_mask is not None:
@@ -114,29 +113,7 @@ def flashloom_attention(
     else:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         layout = unmasked_layout(query, key, bool(causal), sliding_window)
-
-    variant = layout.variant
-    if softcap is not None:
-        variant = fl.softcap(softcap) & variant
-    if s_aux is not None:
-        variant = variant & fl.sink(s_aux.detach())
+    variant = layout.posed.with_logits(softcap, s_aux)
+    plan = layout.plan(heads, query.dtype, key.dtype, scaling, query.device, variant)
     q = query.transpose(1, 2).reshape(batch * q_length, q_heads, dim)
-    out = _plan(layout, heads, query.dtype, key.dtype, scaling, variant).run(q, (key, value), variant=variant)
-    return out.view(batch, q_length, q_heads, value.shape[-1]), None
-
-
-def _plan(
-    layout: Layout,
-    heads: fl.HeadShape,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    scale: float | None,
-    variant: fl.Variant,
-) -> fl.Plan:
-    """The plan for this layout, made by the first layer that needs it and shared by the others of the same forward
-    pass."""
-    key = (heads, dtype, kv_dtype, scale, variant.program.digest)
-    if key not in layout.plans:
-        attention = fl.Attention(heads, variant=variant, dtype=dtype, kv_dtype=kv_dtype, layout="HND", sm_scale=scale)
-        layout.plans[key] = attention.plan(layout.batch)
-    return layout.plans[key]
+    return plan.run(q, (key, value), variant=variant).view(batch, q_length, q_heads, value.shape[-1]), None

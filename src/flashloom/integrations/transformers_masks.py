@@ -9,8 +9,8 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import masking_utils as hf
 
 import flashloom as fl
+from flashloom.integrations.transformers_plans import UNMASKED, VARIANTS, Layout, Posed
 
 # Models in which a bidirectional mask over as many keys as queries can only be self-attention, so that a padded key
 # is a
@@ -100,15 +101,6 @@ class Pattern:
         return self.causal or any(x is not None for x in (self.left, self.right, self.chunk, self.documents))
 
 
-@dataclass
-class Layout:
-    """How one attention call is posed to flashloom, and the plans made for it."""
-
-    batch: fl.Batch
-    variant: fl.Variant
-    plans: dict[tuple, fl.Plan] = field(default_factory=dict)
-
-
 def read_pattern(function: Callable) -> Pattern | None:
     """The pattern of a mask function made by transformers' factories; None for any other function."""
     if function is hf.causal_mask_function:
@@ -188,7 +180,7 @@ class Rules:
     """A pattern, the padding of each sequence, and where the queries stand among the keys.
 
     Query row i stands at key slot `first_row + i`. `keep` is bool [requests, kv_length] on the host, None when nothing
-    is padded. `skip_padding`: rows of padding are not computed, as nobody reads them.
+    is padded. `skip_padding`: rows of padding are not computed, as nobody reads them. `device`: that of the model.
     """
 
     pattern: Pattern
@@ -199,6 +191,7 @@ class Rules:
     kv_offset: int
     keep: Tensor | None
     skip_padding: bool
+    device: torch.device
 
     def layout(self) -> Layout:
         """The batch and the variant that mean the same as this mask."""
@@ -215,7 +208,7 @@ class Rules:
         if real is None:
             assert keep is not None
             pieces = [Piece(b, self.q_length, end, 0, end) for b in range(self.requests)]
-            return self._layout(pieces, KeptKeys(keep=keep.contiguous()))
+            return self._layout(pieces, KeptKeys(keep=keep.contiguous().to(self.device)))
         return self._layout(
             [piece for b, (first, stop) in enumerate(real) for piece in self._pieces(b, first, stop, end)]
         )
@@ -234,28 +227,40 @@ class Rules:
     def _layout(self, pieces: list[Piece], kept: fl.Variant | None = None) -> Layout:
         """One request per piece that has rows."""
         pieces = [piece for piece in pieces if piece.rows]
-        owner = torch.tensor([piece.owner for piece in pieces], dtype=torch.int64)
-        variant = self._variant(owner)
-        if any(piece.first for piece in pieces):
-            variant = variant & FirstKey(first=torch.tensor([piece.first for piece in pieces], dtype=torch.int32))
-        if any(piece.stop < piece.keys for piece in pieces):
-            variant = variant & LastKey(stop=torch.tensor([piece.stop for piece in pieces], dtype=torch.int32))
-        lengths = [piece.keys for piece in pieces]
-        pages = fl.PageTable.from_block_table(owner[:, None].int(), lengths, page_size=self.kv_length)
-        batch = fl.Batch(q_lens=[piece.rows for piece in pieces], kv=pages)
-        return Layout(batch, variant if kept is None else variant & kept)
-
-    def _variant(self, owner: Tensor) -> fl.Variant:
+        owners = [piece.owner for piece in pieces]
+        first = [piece.first for piece in pieces] if any(piece.first for piece in pieces) else None
+        stop = [piece.stop for piece in pieces] if any(piece.stop < piece.keys for piece in pieces) else None
         pattern = self.pattern
-        variant: fl.Variant = fl.causal if pattern.causal else fl.full
-        if pattern.left is not None or pattern.right is not None:
-            variant = variant & fl.sliding_window(pattern.left, pattern.right)
+        start = None
         if pattern.chunk is not None:
-            size, padding = pattern.chunk
-            variant = variant & SameChunk(size=size, start=(padding.cpu()[owner] - self.kv_offset).int())
-        if pattern.documents is not None:
-            variant = variant & SameDocument(documents=pattern.documents.cpu()[owner].int())
-        return variant
+            padding = pattern.chunk[1].tolist()
+            start = (pattern.chunk[0], *(padding[owner] - self.kv_offset for owner in owners))
+
+        def posed() -> Posed:
+            variant: fl.Variant = fl.causal if pattern.causal else fl.full
+            if pattern.left is not None or pattern.right is not None:
+                variant = variant & fl.sliding_window(pattern.left, pattern.right)
+            if start is not None:
+                variant = variant & SameChunk(size=start[0], start=self._integers(start[1:]))
+            if pattern.documents is not None:
+                documents = pattern.documents.to(self.device)[self._integers(owners)].int()
+                variant = variant & SameDocument(documents=documents)
+            if first is not None:
+                variant = variant & FirstKey(first=self._integers(first))
+            if stop is not None:
+                variant = variant & LastKey(stop=self._integers(stop))
+            return Posed(variant if kept is None else variant & kept)
+
+        if kept is not None or pattern.documents is not None:
+            found = posed()
+        else:
+            key = (pattern.causal, pattern.left, pattern.right, start, *(x and tuple(x) for x in (first, stop)))
+            found = VARIANTS.get((*key, self.device), posed)
+        kv = fl.DenseKV(len(pieces), self.kv_length, [piece.keys for piece in pieces], rows=owners)
+        return Layout(fl.Batch(q_lens=[piece.rows for piece in pieces], kv=kv), found)
+
+    def _integers(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=self.device)
 
 
 def flashloom_mask(
@@ -291,8 +296,9 @@ def flashloom_mask(
         keep = None if bool(keep.all()) else keep
     encoder = getattr(config, "model_type", None) in ENCODERS and not getattr(config, "add_cross_attention", False)
     skip = encoder and not pattern.causal and q_length == kv_length and q_offset == 0
-    rules = Rules(pattern, batch_size, q_length, kv_length, q_offset - kv_offset, kv_offset, keep, skip)
-    return Mask(rules, form, torch.device(device))
+    device = torch.device(device)
+    rules = Rules(pattern, batch_size, q_length, kv_length, q_offset - kv_offset, kv_offset, keep, skip, device)
+    return Mask(rules, form, device)
 
 
 def unmasked_layout(query: Tensor, key: Tensor, causal: bool, window: int | None) -> Layout:
@@ -303,11 +309,19 @@ def unmasked_layout(query: Tensor, key: Tensor, causal: bool, window: int | None
     causal = causal and q_length > 1
     if causal and keys < q_length:
         raise ValueError(f"causal attention of {q_length} queries over {keys} keys needs a mask: pass attention_mask")
-    variant: fl.Variant = fl.causal if causal else fl.full
-    if window is not None and causal:
-        variant = variant & fl.sliding_window(window - 1)
-    kv = fl.DenseKV(batch, keys, lens=[q_length if causal else keys] * batch)
-    return Layout(fl.Batch(q_lens=[q_length] * batch, kv=kv), variant)
+    window = window if causal else None
+
+    def make() -> Layout:
+        variant: fl.Variant = fl.causal if causal else fl.full
+        posed = VARIANTS.get((causal, window), lambda: Posed(_windowed(variant, window)))
+        kv = fl.DenseKV(batch, keys, lens=[q_length if causal else keys] * batch)
+        return Layout(fl.Batch(q_lens=[q_length] * batch, kv=kv), posed)
+
+    return UNMASKED.get((batch, q_length, keys, causal, window), make)
+
+
+def _windowed(variant: fl.Variant, window: int | None) -> fl.Variant:
+    return variant if window is None else variant & fl.sliding_window(window - 1)
 
 
 def dense_layout(mask: Tensor, query: Tensor, key: Tensor) -> Layout:
@@ -323,7 +337,7 @@ def dense_layout(mask: Tensor, query: Tensor, key: Tensor) -> Layout:
         variant = fl.custom_mask(mask)
     else:
         variant = Bias(bias=mask.detach())
-    return Layout(fl.Batch(q_lens=[q_length] * batch, kv=fl.DenseKV(batch, keys)), variant)
+    return Layout(fl.Batch(q_lens=[q_length] * batch, kv=fl.DenseKV(batch, keys)), Posed(variant))
 
 
 def _intervals(keep: Tensor) -> list[tuple[int, int]] | None:

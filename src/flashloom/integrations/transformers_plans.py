@@ -1,0 +1,116 @@
+"""Variants and plans kept from one forward pass to the next.
+
+A model asks for the same few variants at every step (the padding of a batch does not change while it generates), over
+batches that differ in their lengths alone. So variants are traced once, and the plan of a mask that is gone is taken
+over by the next one, which only updates it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flashloom as fl
+
+VARIANTS_KEPT, COMPOSED_KEPT, LAYOUTS_KEPT = 64, 256, 32
+PLANS_KEPT, SPARE_KEPT = 128, 4  # kinds of plans that are spare, and plans of each kind
+
+
+class Recent(threading.local):
+    """The values asked for last, by key, of each thread."""
+
+    def __init__(self, kept: int) -> None:
+        self._kept = kept
+        self._values: OrderedDict[Hashable, Any] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key, made now if it is not there."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = self._values[key] = make()
+        if len(self._values) > self._kept:
+            self._values.popitem(last=False)
+        return value
+
+
+class Posed:
+    """A mask as a variant, and what it becomes with the soft cap and the sinks of a layer."""
+
+    def __init__(self, variant: fl.Variant):
+        self.variant = variant
+        self._composed = Recent(COMPOSED_KEPT)
+
+    def with_logits(self, softcap: float | None, sinks: Tensor | None) -> fl.Variant:
+        """The variant with a soft cap before the mask and with sinks [q_heads]; the same object for the same sinks."""
+        if softcap is None and sinks is None:
+            return self.variant
+        # what is kept holds the sinks' memory, so that no other tensor can come to lie there
+        at = None if sinks is None else (sinks.data_ptr(), sinks.dtype, sinks.shape, sinks.stride())
+        return self._composed.get((softcap, at), lambda: self._compose(softcap, sinks))
+
+    def _compose(self, softcap: float | None, sinks: Tensor | None) -> fl.Variant:
+        variant = self.variant if softcap is None else fl.softcap(softcap) & self.variant
+        return variant if sinks is None else variant & fl.sink(sinks.detach())
+
+
+class Layout:
+    """How one attention call is posed to flashloom, and the plans made for it, which other layers of the same forward
+    pass share."""
+
+    def __init__(self, batch: fl.Batch, posed: Posed):
+        self.batch, self.posed = batch, posed
+        self._plans: dict[tuple, fl.Plan] = {}
+        longest, requests = batch.max_q_len, batch.requests
+        self._size = (batch.kind, 0 if batch.kind == "dense" else batch.page_size, min(longest.bit_length(), 8))
+        self._size += (requests.bit_length(),)
+        weakref.finalize(self, _give, self._plans)
+
+    def plan(
+        self, heads: tuple[int, ...], dtype: torch.dtype, kv_dtype: torch.dtype, scale: float | None,
+        device: torch.device, variant: fl.Variant, layout: str = "HND",
+    ) -> fl.Plan:  # fmt: skip
+        """The plan of this batch for layers of these heads (q_heads, kv_heads, dim, value_dim) and a variant of this
+        expression."""
+        key = (heads, dtype, kv_dtype, scale, device, variant.program.digest, layout, *self._size)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = _take(key)
+            if plan is not None:
+                plan.update(self.batch, variant=variant)
+            else:
+                attention = fl.Attention(
+                    fl.HeadShape(*heads), variant=variant, dtype=dtype, kv_dtype=kv_dtype, layout=layout,
+                    sm_scale=scale, device=device,
+                )  # fmt: skip
+                plan = attention.plan(self.batch)
+            self._plans[key] = plan
+        return plan
+
+
+VARIANTS, UNMASKED = Recent(VARIANTS_KEPT), Recent(LAYOUTS_KEPT)
+_spare: OrderedDict[tuple, list[fl.Plan]] = OrderedDict()
+_lock = threading.Lock()
+
+
+def _take(key: tuple) -> fl.Plan | None:
+    with _lock:
+        plans = _spare.get(key)
+        return plans.pop() if plans else None
+
+
+def _give(plans: dict[tuple, fl.Plan]) -> None:
+    with _lock:
+        for key, plan in plans.items():
+            kept = _spare.setdefault(key, [])
+            _spare.move_to_end(key)
+            if len(kept) < SPARE_KEPT:
+                kept.append(plan)
+        while len(_spare) > PLANS_KEPT:
+            _spare.popitem(last=False)
