@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashloom import dispatch, settings
+from flashloom import dispatch, records, settings
 from flashloom.attention import check, pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
@@ -86,6 +86,9 @@ class Attention:
     def plan(self, batch: Batch, *, reserve: Reserve | None = None) -> Plan:
         """Choose and prepare kernels for a batch. The plan's `update` takes later batches, within `reserve` if one is
         given; with `fl.configure(enable_cudagraph=True)` what it leaves open is the size of this batch."""
+        tuner = records.current().tuner
+        if tuner is not None and isinstance(batch, Batch):
+            tuner(self, batch, reserve)
         return Plan(self, batch, reserve)
 
     def __repr__(self) -> str:

@@ -118,6 +118,14 @@ class HopperExecutor(TritonExecutor):
             asked.attend_kernel(spec, Form(spec.out_dtype), chosen, page_size, target),
         ]
 
+    @classmethod
+    def kernels_of(cls, spec: AttentionSpec, target: Target, config: Any, page_size: int) -> list[TritonKernel]:
+        """What plans with this config need on a target."""
+        return [
+            asked.plan_kernel(spec, config, page_size > 0, target),
+            asked.attend_kernel(spec, Form(spec.out_dtype), config, page_size, target),
+        ]
+
     def _grow(self, batch: Batch) -> None:
         """Allocate buffers for the reserve, or for this batch where it leaves sizes open."""
         requests = self._reserve.requests or batch.requests

@@ -127,6 +127,13 @@ class TritonExecutor:
                 found += [asked.attend_kernel(spec, form, config, page_size, target) for form in cls._forms(spec)]
         return found
 
+    @classmethod
+    def kernels_of(cls, spec: AttentionSpec, target: Target, config: Any, page_size: int) -> list[TritonKernel]:
+        """What plans with this config need on a target."""
+        forms = cls._forms(spec)
+        planner = asked.plan_kernel(spec, config, page_size > 0, target)
+        return [planner, *(asked.attend_kernel(spec, form, config, page_size, target) for form in forms)]
+
     def _asked(self, form: Form) -> TritonKernel:
         page_size = self._table_page if self._paged else 0
         return asked.attend_kernel(self.spec, form, self.config, page_size, self.target)
