@@ -119,6 +119,7 @@ class Plan:
         self._out_shape: torch.Size = torch.Size(())
         self._kv_signature: tuple | None = None
         self._kv_known: tuple | None = None
+        self._repeat: Any = None  # launches once more if nothing but addresses has changed since it was set
         check.batch(batch, self._device)
         if settings.get().enable_cudagraph:
             reserve = self._reserve = (reserve or Reserve()).fixed(batch)
@@ -161,6 +162,16 @@ class Plan:
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
             )
         try:
+            plain = variant is None and sm_scale is None and lse is None and not (return_lse or partial)
+            if plain and self._repeat is not None:
+                known = type(kv) is KV
+                k, v, k_scale, v_scale = (kv.k, kv.v, kv.k_scale, kv.v_scale) if known else self._pair(kv)
+                if k is not None and type(q) is Tensor:
+                    to = q.new_empty(self._out_shape, dtype=self._out_dtype) if out is None else out
+                    if self._cuda_index is not None:
+                        self._check_stream()
+                    if self._repeat(q, k, v, k_scale, v_scale, to):
+                        return to
             if (
                 type(q) is not Tensor
                 or q.shape != self._q_shape
@@ -200,9 +211,17 @@ class Plan:
             if self._nothing:
                 return (out, lse) if return_lse else out
             self._executor.run(q, kv, out, lse, sm_scale=scale, partial=partial, values=values)
+            keep = plain and not (self._contents or self._values_grad)
+            self._repeat = getattr(self._executor, "repeat", None) if keep else None
         finally:
             self._busy.release()
         return (out, lse) if return_lse else out
+
+    def _pair(self, kv: Any) -> tuple[Any, Any, Any, Any]:
+        """k and v of a tuple that is in the kernels' form as it stands, or None for any other."""
+        if type(kv) is tuple and len(kv) == 2 and self.attention.layout == "NHD" and not self._batch.ragged:
+            return (*kv, None, None)
+        return None, None, None, None
 
     def _accept_q(self, q: Tensor) -> None:
         check.query(q, self.attention.heads, self._q_dtype, self._device, self._batch)
@@ -292,16 +311,12 @@ class Plan:
         try:
             check.batch(batch, self._device)
             old = self._batch
-            for name, was, now in (
-                ("KV", old.kind, batch.kind),
-                ("a page size of", *(0 if b.kind == "dense" else b.page_size for b in (old, batch))),
-                ("lengths on", old.device, batch.device),
-                ("a block pattern:", old.blocks is not None, batch.blocks is not None),
-            ):
-                if was != now:
-                    raise ValueError(
-                        f"update: the plan was made for {name} {was} and the batch has {now}: make another plan"
-                    )
+            if old.form != batch.form:
+                names = "KV", "a page size of", "lengths on", "a block pattern:"
+                name, was, now = next(x for x in zip(names, old.form, batch.form) if x[1] != x[2])
+                raise ValueError(
+                    f"update: the plan was made for {name} {was} and the batch has {now}: make another plan"
+                )
             former = self._variant, self._values
             if variant is not None and variant is not self._variant:
                 self._take(variant)
@@ -332,6 +347,7 @@ class Plan:
         self._batch, self._checked, self._nothing = batch, checked, batch.tokens == 0
         if batch.kind == "dense":
             self._kv_known = None  # the tokens per row may be others
+        self._repeat = None
         if self._q_shape is not None and self._q_shape[0] < (batch.tokens or 0):
             self._q_shape = None
         self._kv_signature = None  # its pages are compared with the new table in the next run

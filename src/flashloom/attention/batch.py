@@ -200,6 +200,12 @@ class Batch:
         kv = self.kv.kv if isinstance(self.kv, BlockSparseKV) else self.kv
         return "ragged" if kv.ragged else "dense" if isinstance(kv, DenseKV) else "paged"
 
+    @cached_property
+    def form(self) -> tuple[str, int, torch.device, bool]:
+        """What a plan's batches have in common: kind, page size (0 for dense keys), device, whether there is a block
+        pattern."""
+        return self.kind, 0 if self.kind == "dense" else self.page_size, self.device, self.blocks is not None
+
     @property
     def blocks(self) -> BlockSparseKV | None:
         """The block pattern, where there is one."""

@@ -6,12 +6,12 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from flashloom.attention import pool
 from flashloom.attention.batch import Batch
 from flashloom.attention.kernels.triton.config import Config
+from flashloom.kernel import cuda
 
 ITEM_WORDS, SCRATCH_ROWS, PLAN_BLOCK = 16, 6, 128
 
@@ -104,40 +104,42 @@ class Buffers:
 
 
 class Staging:
-    """Host values on their way to the device: pinned buffers in turn, each reused once its copy is done."""
+    """Host values on their way to the device: pinned buffers in turn, each used again once its copy is done. An event
+    is recorded after every few turns, and waited for before the first of them comes again."""
 
-    TURNS = 4
+    TURNS, MARKED = 8, 4
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.host: list[torch.Tensor] = []
-        self.turn = 0
+        self.turn = -1
         self.capacity = 0
 
     def _reserve(self, entries: int) -> None:
-        self.capacity = max(entries, 256, self.capacity)
+        self.capacity = max(entries, 256)
         self.host = [torch.empty(self.capacity, dtype=torch.int32, pin_memory=True) for _ in range(self.TURNS)]
-        self.arrays = [h.numpy() for h in self.host]
-        self.events = [torch.cuda.Event() for _ in range(self.TURNS)]
+        self.starts = [h.data_ptr() for h in self.host]
+        self.events = [torch.cuda.Event() for _ in range(self.TURNS // self.MARKED)]
         self.buffer = torch.empty(self.capacity, dtype=torch.int32, device=self.device)
+        self.start = self.buffer.data_ptr()
 
     def copy(self, batch: Batch, capacity: int) -> tuple[int, int, int, int]:
         """Start the copy of q_indptr, kv_lens, page_indptr and pages; answers their addresses on the device."""
+        parts = (batch.q_indptr, batch.kv_lens, batch.page_indptr, batch.pages)
         n, pages = batch.requests, batch.pages.numel()
         entries = 3 * n + 2 + pages
         if entries > self.capacity:
-            if self.host:
+            if self.capacity:
                 torch.cuda.current_stream(self.device).synchronize()  # the old buffers may still be read
             self._reserve(max(entries, capacity))
         self.turn = turn = (self.turn + 1) % self.TURNS
-        event, to = self.events[turn], self.arrays[turn]
-        if not event.query():
+        event = self.events[turn // self.MARKED]
+        if turn % self.MARKED == 0 and not event.query():
             event.synchronize()
-        np.concatenate(
-            (batch.q_indptr.numpy(), batch.kv_lens.numpy(), batch.page_indptr.numpy(), batch.pages.numpy()),
-            out=to[:entries],
-        )
-        self.buffer[:entries].copy_(self.host[turn][:entries], non_blocking=True)
-        event.record(torch.cuda.current_stream(self.device))
-        start = self.buffer.data_ptr()
-        return start, start + 4 * (n + 1), start + 4 * (2 * n + 1), start + 4 * (3 * n + 2)
+        to = self.starts[turn]
+        for part, number in zip(parts, (n + 1, n, n + 1, pages), strict=True):
+            ctypes.memmove(to, part.contiguous().data_ptr(), 4 * number)
+            to += 4 * number
+        cuda.copy_to_device(self.start, self.starts[turn], 4 * entries, self.device)
+        if turn % self.MARKED == self.MARKED - 1:
+            event.record(torch.cuda.current_stream(self.device))
+        return self.start, self.start + 4 * (n + 1), self.start + 4 * (2 * n + 1), self.start + 4 * (3 * n + 2)

@@ -6,6 +6,7 @@ through Triton's interpreter."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -45,6 +46,9 @@ class TritonExecutor:
         self._low = 0
         self._last: Any = None
         self._last_grid = 0
+        self._same: Any = None
+        self._scales: tuple[Any, Any] = (None, None)
+        self.repeat: Callable[..., bool] | None = None
         self.workspace_size = 0
 
     @classmethod
@@ -151,7 +155,7 @@ class TritonExecutor:
         self._buffers = Buffers(sizes, heads.kv_heads, self.config.block_m, heads.value_dim, self.device)
         self._sizes = sizes
         self.workspace_size = self._buffers.bytes
-        self._error, self._state = self._buffers.error_words, None
+        self._error, self._state, self.repeat = self._buffers.error_words, None, None
         self._grid = self._sizes.items * heads.kv_heads
         place = {name: self._address(view) for name, view in self._buffers.views.items()}
         self._run_buffers = tuple(place[name] for name in ("items", "pages", "part_out", "part_lse", "arrivals"))
@@ -248,10 +252,29 @@ class TritonExecutor:
         )  # fmt: skip
         if state == self._state and low == self._low and values is self._values:
             self._last.again(self._last_grid, pointers)
-            return
-        kernel, grid, words = self._prepared(q, kv, out, lse, sm_scale, partial, low)
-        kernel(grid, (*pointers, *words, *self._flat(values)))
-        self._state, self._low, self._values, self._last, self._last_grid = state, low, values, kernel, grid
+        else:
+            self.repeat = None
+            kernel, grid, words = self._prepared(q, kv, out, lse, sm_scale, partial, low)
+            kernel(grid, (*pointers, *words, *self._flat(values)))
+            self._state, self._low, self._values, self._last, self._last_grid = state, low, values, kernel, grid
+        self._same, self._scales = guard(q, k, v, out) if lse is None else None, (k_scale, v_scale)
+        self.repeat = None if self._same is None else self._repeat
+
+    def _repeat(self, q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, out: Any) -> bool:
+        """Launch as the last time, and answer True, if these arguments differ from the last ones in addresses alone."""
+        if not self._same(q, k, v, out):
+            return False
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        scales = self._scales
+        if (
+            (places[0] | places[1] | places[2] | places[3]) & 15 != self._low
+            or k_scale is not scales[0]
+            or v_scale is not scales[1]
+            or self._error[0]
+        ):
+            return False
+        self._last.again(self._last_grid, places)
+        return True
 
     def _prepared(
         self,
@@ -301,6 +324,18 @@ class TritonExecutor:
             f"triton {self.target}: rows x keys {self.config}; {kind} KV, split {split}; workspace "
             f"{self.workspace_size} bytes"
         )
+
+
+def guard(*tensors: torch.Tensor) -> Callable[..., bool] | None:
+    """A function that says in one call whether tensors have the sizes, strides, dtypes, devices and kinds of these, or
+    None where torch offers none or one of them requires gradients."""
+    if any(x.requires_grad for x in tensors):
+        return None
+    try:
+        made = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except (AttributeError, TypeError):  # not a public name of torch's; without it each argument is looked at in turn
+        return None
+    return made.check
 
 
 def _scale_strides(scale: torch.Tensor | None) -> tuple[int, int]:

@@ -6,6 +6,7 @@ The packed arguments live as long as the launch object; a launch rewrites them i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import struct
@@ -19,10 +20,11 @@ from flashloom import settings, store
 from flashloom.kernel.resident import Resident
 from flashloom.store import Entry
 
-__all__ = ["CudaError", "Function", "Launch", "load"]
+__all__ = ["CudaError", "Function", "Launch", "copy_to_device", "load"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_CONFIG = struct.Struct("=7I4xQQI4x")  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
 _FORMATS = {"fp32": "f4x", "i32": "i4x", "i64": "q"}
 
 
@@ -54,6 +56,20 @@ def _use_context(index: int) -> None:
     _check(_driver().cuDeviceGet(ctypes.byref(device), index), f"finding CUDA device {index}")
     _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), f"the context of CUDA device {index}")
     _check(_driver().cuCtxSetCurrent(context), f"using the context of CUDA device {index}")
+
+
+def copy_to_device(to: int, start: int, size: int, device: torch.device) -> None:
+    """Start the copy of `size` bytes from pinned memory at `start` to device memory at `to`, on torch's current
+    stream of the device."""
+    with contextlib.nullcontext() if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device):
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device.index))
+        places = ctypes.c_void_p(to), ctypes.c_void_p(start), ctypes.c_size_t(size)
+        code = _driver().cuMemcpyHtoDAsync_v2(*places, stream)
+        if code == _INVALID_CONTEXT:  # the first CUDA call of this thread
+            _use_context(device.index)
+            code = _driver().cuMemcpyHtoDAsync_v2(*places, stream)
+        if code:
+            _check(code, f"copying {size} bytes to {device}")
 
 
 class Function:
@@ -111,7 +127,9 @@ def load(kernel: Any, device: torch.device) -> Function:
 class Launch:
     """A function with its packed arguments. `types`: those of the run-time arguments in order, tuples flattened."""
 
-    __slots__ = ("_array", "_buffer", "_call", "_device", "_function", "_heads", "_pack", "_shared", "_threads")
+    __slots__ = (
+        "_array", "_buffer", "_call", "_config", "_device", "_function", "_grid", "_heads", "_pack", "_set", "_stream",
+    )  # fmt: skip
 
     def __init__(self, function: Function, types: Sequence[str]):
         self._function, self._device = function, function.device.index
@@ -119,12 +137,19 @@ class Launch:
         self._buffer = ctypes.create_string_buffer(packer.size)
         self._pack = functools.partial(packer.pack_into, self._buffer, 0)
         self._heads: dict[int, Callable[..., None]] = {}
+        self._config = ctypes.create_string_buffer(_CONFIG.size)
+        self._grid, self._stream = 0, 0
+        self._set = functools.partial(_CONFIG.pack_into, self._config, 0)
         start = ctypes.addressof(self._buffer)
-        self._array = (ctypes.c_void_p * (len(types) + 2))(*(start + 8 * i for i in range(len(types) + 2)))
-        call = _driver().cuLaunchKernel
-        call.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-        self._call = functools.partial(call, function.handle)
-        self._threads, self._shared = function.threads, function.shared
+        self._bind((ctypes.c_void_p * (len(types) + 2))(*(start + 8 * i for i in range(len(types) + 2))))
+
+    def _bind(self, array: ctypes.Array[Any]) -> None:
+        """Launch with these places of the arguments from now on. Everything is given as a pointer that is made once,
+        because most of a launch's time in Python is the conversion of numbers."""
+        self._array = array
+        config, places = ctypes.c_void_p(ctypes.addressof(self._config)), ctypes.c_void_p(ctypes.addressof(array))
+        handle = ctypes.c_void_p(self._function.handle.value)
+        self._call = functools.partial(_driver().cuLaunchKernelEx, config, handle, places, ctypes.c_void_p())
 
     def __call__(self, grid: int, words: Sequence[Any]) -> None:
         """Launch `grid` blocks on torch's current stream of the device."""
@@ -145,15 +170,15 @@ class Launch:
     def _fire(self, grid: int) -> None:
         if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
-                self._launch(grid)
-        else:
-            self._launch(grid)
-
-    def _launch(self, grid: int) -> None:
+                self._fire(grid)
+            return
         stream = torch._C._cuda_getCurrentRawStream(self._device)
-        code = self._call(grid, 1, 1, self._threads, 1, 1, self._shared, stream, self._array, None)
+        if stream != self._stream or grid != self._grid:
+            self._set(grid, 1, 1, self._function.threads, 1, 1, self._function.shared, stream, 0, 0)
+            self._grid, self._stream = grid, stream
+        code = self._call()
         if code == _INVALID_CONTEXT:  # the first CUDA call of this thread
             _use_context(self._device)
-            code = self._call(grid, 1, 1, self._threads, 1, 1, self._shared, stream, self._array, None)
+            code = self._call()
         if code:
             _check(code, f"launching {self._function.entry.label}")

@@ -93,7 +93,7 @@ class MapLaunch(cuda.Launch):
         self._places = [start + MAP_BYTES * i for i in range(len(ranks))]
         zero = start + MAP_BYTES * len(ranks)  # sizes and strides follow each map; no kernel reads them
         words = [place for at, rank in zip(self._places, ranks) for place in (at, *[zero] * (2 * rank))]
-        self._array = (ctypes.c_void_p * (len(words) + len(types) + 2))(*words, *self._array)
+        self._bind((ctypes.c_void_p * (len(words) + len(types) + 2))(*words, *self._array))
         self._maps: list[bytes] = [b""] * len(ranks)
 
     def launch(self, grid: int, maps: Sequence[bytes], words: Sequence[Any]) -> None:
