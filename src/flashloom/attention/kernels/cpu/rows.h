@@ -1,8 +1,9 @@
 // Many rows: lanes are rows. S^T = K Q^T and O^T = V^T P^T, so keys and values are read element by element as they lie, the
 // softmax has no horizontal operations, and nothing but the queries and outputs is transposed.
 //
-// A block of keys and values becomes float32 in scratch once and serves all rows of the item, 2 VL rows at a time, with
-// register blocks of KEYS keys (or value dims) x 2 vectors. Everything may be odd: dims, page sizes, dtypes, alignment.
+// A block of keys and values becomes float32 in scratch once and serves all rows of the item, SUB rows at a time, with
+// register blocks of 6 keys (or value dims) x LANES vectors: the most that leaves registers for the operands. Everything may
+// be odd: dims, page sizes, dtypes, alignment.
 #pragma once
 #include "finish.h"
 
@@ -12,15 +13,17 @@ template <class C, class V> struct RowsKernel {
   typedef typename V::Params Params;
   typedef Finish<C, V> End;
   static constexpr int D = C::DIM, DV = C::VALUE_DIM, G = C::GROUP;
-  static constexpr int DP = round_up(D, VL), DVP = End::DVP;
-  static constexpr int SUB = 2 * VL;   // rows that share registers
-  static constexpr int BLOCK = 64;     // keys in scratch
-  static constexpr int MAX_ROWS = 256;  // rows that share a block of keys
 #if defined(FL_AVX512) || defined(__aarch64__)
-  static constexpr int KEYS = 8;  // x 2 accumulators: half of 32 registers
+  static constexpr int LANES = 4;  // 24 of 32 registers accumulate
 #else
-  static constexpr int KEYS = 4;
+  static constexpr int LANES = 2;  // 12 of 16
 #endif
+  static constexpr int KEYS = 6, DIMS = 4;
+  static constexpr int DP = round_up(D, VL), DVP = End::DVP;
+  static constexpr int KS = DP + VL, VS = DVP + VL;  // floats from key to key: not a power of two, which would alias
+  static constexpr int SUB = LANES * VL;  // rows that share registers
+  static constexpr int BLOCK = 60;        // keys in scratch
+  static constexpr int MAX_ROWS = 512;    // rows that share a block of keys
 
   struct Sub {
     float q[DP * SUB];   // [dim][row], times sm_scale (and log2 e where nothing comes between)
@@ -28,7 +31,7 @@ template <class C, class V> struct RowsKernel {
     float m[SUB], l[SUB];
   };
   struct Scratch {
-    float k[BLOCK * DP], v[BLOCK * DVP];  // [key][dim]
+    float k[BLOCK * KS], v[BLOCK * VS];  // [key][dim]
     float s[BLOCK * SUB];                 // [key][row]
     float row[VL * (DP > DVP ? DP : DVP)], transformed[DP];
     int64_t k_at[BLOCK], v_at[BLOCK];
@@ -57,9 +60,9 @@ template <class C, class V> struct RowsKernel {
 
   FL_OUTLINE void load_query(Sub& s, int32_t kv_head, int32_t first) {
     float scale = (float)a.sm_scale * (V::softmax && !V::has_logits ? LOG2E : 1.f);
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < SUB; half += VL) {
       for (int i = 0; i < VL; i++) {
-        int32_t row = min_of(first + half * VL + i, it.row_hi - 1), q_head = kv_head * G + row % G;
+        int32_t row = min_of(first + half + i, it.row_hi - 1), q_head = kv_head * G + row % G;
         int64_t from = (r.q_start + row / G) * a.q_token + q_head * a.q_head;
         float* to = w.row + i * DP;
         row_to_float<typename C::Q>(a.q, from, D, V::has_query ? w.transformed : to);
@@ -67,7 +70,7 @@ template <class C, class V> struct RowsKernel {
       }
       for (int d = 0; d < VL * DP; d += VL) storeu(w.row + d, loadu(w.row + d) * scale);
       for (int d = 0; d < D; d += VL) {
-        transpose_block(w.row + d, DP, s.q + d * SUB + half * VL, SUB);
+        transpose_block(w.row + d, DP, s.q + d * SUB + half, SUB);
       }
     }
     for (int d = 0; d < DVP * SUB; d += VL) storeu(s.o + d, vf{});
@@ -79,54 +82,76 @@ template <class C, class V> struct RowsKernel {
     key_offsets(a, r, t, n, a.v_page, a.v_token, w.v_at);
     if (a.k_scale) key_scales(a, r, t, n, a.k_scale, a.k_scale_page, kv_head * a.k_scale_head, w.scale);
     for (int i = 0; i < n; i++) {
-      float* to = V::has_key ? w.transformed : w.k + i * DP;
+      float* to = V::has_key ? w.transformed : w.k + i * KS;
       row_to_float<typename C::KV>(a.k, w.k_at[i] + kv_head * a.k_head, D, to);
       if (a.k_scale)
         for (int d = 0; d < DP; d += VL) storeu(to + d, loadu(to + d) * w.scale[i]);
       if constexpr (V::has_key) {
         KeysAt at = r.at(kv_head, 0, 0);
         at.kv_pos = t + i;
-        V::transform_key(to, w.k + i * DP, at, p);
+        V::transform_key(to, w.k + i * KS, at, p);
       }
     }
     if (a.v_scale) key_scales(a, r, t, n, a.v_scale, a.v_scale_page, kv_head * a.v_scale_head, w.scale);
     for (int i = 0; i < n; i++) {
-      float* to = w.v + i * DVP;
+      float* to = w.v + i * VS;
       row_to_float<typename C::KV>(a.v, w.v_at[i] + kv_head * a.v_head, DV, to);
       if (a.v_scale)
         for (int d = 0; d < DV; d += VL) storeu(to + d, loadu(to + d) * w.scale[i]);
     }
   }
 
-  static FL_OUTLINE void scores(const float* k, const float* q, float* s) {
-    vf x[KEYS][2] = {};
+  // s [KEYS keys][rows] = k q
+  template <int N> static FL_OUTLINE void scores(const float* k, const float* q, float* s) {
+    vf x[KEYS][N] = {};
     for (int d = 0; d < D; d++) {
-      vf q0 = loadu(q + d * SUB), q1 = loadu(q + d * SUB + VL);
-#pragma GCC unroll 8
+      vf y[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) y[j] = loadu(q + d * SUB + j * VL);
+#pragma GCC unroll 6
       for (int i = 0; i < KEYS; i++) {
-        vf b = bc(k[i * DP + d]);
-        x[i][0] += b * q0, x[i][1] += b * q1;
+        vf b = bc(k[i * KS + d]);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) x[i][j] += b * y[j];
       }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < KEYS; i++) storeu(s + i * SUB, x[i][0]), storeu(s + i * SUB + VL, x[i][1]);
+#pragma GCC unroll 6
+    for (int i = 0; i < KEYS; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) storeu(s + i * SUB + j * VL, x[i][j]);
   }
 
-  // o [KEYS dims][SUB rows] += sum over n keys of v[key][dims] p[key][rows]
-  static FL_OUTLINE void values(const float* v, const float* s, float* o, int n) {
-    vf x[KEYS][2];
-#pragma GCC unroll 8
-    for (int i = 0; i < KEYS; i++) x[i][0] = loadu(o + i * SUB), x[i][1] = loadu(o + i * SUB + VL);
-    for (const float* end = v + (int64_t)n * DVP; v != end; v += DVP, s += SUB) {
-      vf p0 = loadu(s), p1 = loadu(s + VL);
-#pragma GCC unroll 8
-      for (int i = 0; i < KEYS; i++) {
+  // o [M dims][rows] += sum over n keys of v[key][dims] p[key][rows]
+  template <int M, int N> static FL_OUTLINE void values(const float* v, const float* s, float* o, int n) {
+    vf x[M][N];
+#pragma GCC unroll 6
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) x[i][j] = loadu(o + i * SUB + j * VL);
+    for (const float* end = v + (int64_t)n * VS; v != end; v += VS, s += SUB) {
+      vf y[N];
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) y[j] = loadu(s + j * VL);
+#pragma GCC unroll 6
+      for (int i = 0; i < M; i++) {
         vf b = bc(v[i]);
-        x[i][0] += b * p0, x[i][1] += b * p1;
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) x[i][j] += b * y[j];
       }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < KEYS; i++) storeu(o + i * SUB, x[i][0]), storeu(o + i * SUB + VL, x[i][1]);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) storeu(o + i * SUB + j * VL, x[i][j]);
+  }
+  template <int N> FL_INLINE void all_scores(const Sub& u, int n) {
+    for (int j = 0; j < n; j += KEYS) scores<N>(w.k + j * KS, u.q, w.s + j * SUB);
+  }
+  template <int N> FL_INLINE void all_values(Sub& u, int n) {
+    constexpr int END = round_up(DV, DIMS);
+    int d = 0;  // so many blocks of KEYS dims, and the rest in blocks of DIMS
+    for (; (END - d) % KEYS; d += DIMS) values<DIMS, N>(w.v + d, w.s, u.o + d * SUB, n);
+    for (; d < END; d += KEYS) values<KEYS, N>(w.v + d, w.s, u.o + d * SUB, n);
   }
 
   // Hooks on the scores of VL rows over n keys; answers their maximum.
@@ -153,8 +178,10 @@ template <class C, class V> struct RowsKernel {
   }
 
   FL_OUTLINE void sub_block(Sub& u, int32_t kv_head, int32_t first, int32_t t, int n, bool masked) {
-    for (int j = 0; j < n; j += KEYS) scores(w.k + j * DP, u.q, w.s + j * SUB);
-    for (int half = 0; half < SUB; half += VL) {
+    const int rows = min_of(SUB, it.row_hi - first);
+    if (LANES > 2 && rows <= 2 * VL) all_scores<2>(u, n);
+    else all_scores<LANES>(u, n);
+    for (int half = 0; half < rows; half += VL) {
       float* s = w.s + half;
       vf best = hooks(s, kv_head, first + half, t, n, masked);
       if (!V::softmax) continue;
@@ -172,7 +199,8 @@ template <class C, class V> struct RowsKernel {
       }
       storeu(u.l + half, l);
     }
-    for (int d = 0; d < DV; d += KEYS) values(w.v + d, w.s, u.o + d * SUB, n);
+    if (LANES > 2 && rows <= 2 * VL) all_values<2>(u, n);
+    else all_values<LANES>(u, n);
   }
 
   FL_OUTLINE void give(Sub& u, int32_t kv_head, int32_t first) {
