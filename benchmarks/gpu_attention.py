@@ -1,9 +1,10 @@
-"""Decode, skewed and prefill attention on one GPU against the peers that torch brings: CUDA-graph replays, interleaved.
+"""Attention on one GPU beside its peers: CUDA-graph replays, interleaved; then what the calls cost the host.
 
-    PYTHONPATH=src python benchmarks/gpu_attention.py benchmarks/results/gpu_attention.json
+    PYTHONPATH=src:. python benchmarks/gpu_attention.py benchmarks/results/gpu_attention.json [KIND...]
 
-KV sets rotate through 1.2 GB or more, pages are permuted. Peers: torch SDPA over dense KV (the best of its backends
-that takes the row; it gathers no pages), FlexAttention compiled. Every figure is the median of 9 interleaved rounds.
+KV sets rotate through 1.2 GB or more, pages are permuted. Peers are those of `gpu_peers.py`: torch SDPA over dense KV
+(it gathers no pages), FlexAttention compiled, FlashInfer over the same pages where it is installed. Every figure is the
+median of 9 interleaved rounds. KIND: decode, skewed, variants, prefill, fp8, host; all of them by default.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from benchmarks import gpu_peers as peers
 
 import flashloom as fl
+from flashloom import dispatch
+from flashloom.bench.cases import CASES
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 G, M = fl.HeadShape(32, 8, 128), fl.HeadShape(32, 32, 128)
@@ -31,7 +33,8 @@ SKEWED = {
     "1x32768 + 63x512": [32768] + [512] * 63,
     "4x16384 + 60x1024": [16384] * 4 + [1024] * 60,
 }
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+KINDS = ("decode", "skewed", "variants", "prefill", "fp8", "host")
+FLEX_CASES = ("causal", "window 256", "soft cap", "ALiBi")
 
 
 def graph(calls):
@@ -74,71 +77,135 @@ def compare(candidates):
     return {name: (statistics.median(t), min(t), max(t)) for name, t in samples.items()}
 
 
-def decode(heads, lens, kv_dtype, pool, page=16):
-    """Candidates for one query token per request; peers only where all lengths agree."""
-    pages = sum(-(-n // page) for n in lens)
-    width = max(-(-n // page) for n in lens)
-    table, order, start = torch.zeros(len(lens), width, dtype=torch.int32), torch.randperm(pages).int(), 0
-    for b, n in enumerate(lens):
-        need = -(-n // page)
+def pages_of(lens, page):
+    """(block table, page numbers in the order of the table's entries in use) of permuted pages."""
+    used = [-(-n // page) for n in lens]
+    table, order, start = torch.zeros(len(lens), max(used), dtype=torch.int32), torch.randperm(sum(used)).int(), 0
+    for b, need in enumerate(used):
         table[b, :need] = order[start : start + need]
         start += need
+    return table, order
+
+
+def own_decode(heads, lens, variant, kv_dtype, table, page):
     kv = fl.PageTable.from_block_table(
         table.cuda(), torch.tensor(lens, dtype=torch.int32, device="cuda"), page_size=page
     )
-    plan = fl.Attention(heads, variant=fl.causal, dtype=BF16, kv_dtype=kv_dtype, device="cuda").plan(
-        fl.Batch.decode(kv)
-    )
-    q = torch.randn(len(lens), heads.q_heads, heads.dim, device="cuda", dtype=BF16)
-    out = torch.empty_like(q)
-    shape = (pages, page, heads.kv_heads, heads.dim)
+    attention = fl.Attention(heads, variant=variant, dtype=BF16, kv_dtype=kv_dtype, device="cuda")
+    return attention.plan(fl.Batch.decode(kv))
+
+
+def sets_of(pool, shape, kv_dtype):
+    """As many (k, v) of this shape as keep any cache from holding them."""
     size, store = math.prod(shape), pool.view(kv_dtype)
     number = max(1, min(store.numel() // (2 * size), 64, -(-int(1.2e9) // (2 * size * kv_dtype.itemsize))))
-    halves = [store[i * size : (i + 1) * size] for i in range(2 * number)]
-    sets = [(halves[2 * i].view(shape), halves[2 * i + 1].view(shape)) for i in range(number)]
-    plan.run(q, sets[0], out=out)
+    halves = [store[i * size : (i + 1) * size].view(shape) for i in range(2 * number)]
+    return list(zip(halves[::2], halves[1::2], strict=True))
+
+
+def decode(heads, lens, kv_dtype, pool, page=16):
+    """Candidates for one query token per request; those over dense KV only where all lengths agree."""
+    table, order = pages_of(lens, page)
+    plan = own_decode(heads, lens, fl.causal, kv_dtype, table, page)
+    q = torch.randn(len(lens), heads.q_heads, heads.dim, device="cuda", dtype=BF16)
+    out = torch.empty_like(q)
+    sets = sets_of(pool, (order.numel(), page, heads.kv_heads, heads.dim), kv_dtype)
     found = {"flashloom": [lambda s=s: plan.run(q, s, out=out) for s in sets]}
+    found |= peers.flashinfer_decode(heads, lens, kv_dtype, q, torch.empty_like(q), sets, order, page)
     if len(set(lens)) == 1 and kv_dtype == BF16 and lens[0] % page == 0:
-        dense = (len(lens), lens[0], heads.kv_heads, heads.dim)
-        q4 = q.view(len(lens), heads.q_heads, 1, heads.dim)
-        views = [tuple(x.view(dense).transpose(1, 2) for x in pair) for pair in sets]
-        for name, backend in BACKENDS.items():
-
-            def call(k, v, backend=backend):
-                with sdpa_kernel(backend):
-                    return sdpa(q4, k, v, enable_gqa=True)
-
-            found[f"sdpa {name} (dense)"] = [lambda kv=kv, call=call: call(*kv) for kv in views]
+        form = (len(lens), lens[0], heads.kv_heads, heads.dim)
+        pairs = [tuple(x.view(form).transpose(1, 2) for x in pair) for pair in sets]
+        dense = peers.sdpa(q.view(len(lens), heads.q_heads, 1, heads.dim), pairs)
+        found |= {f"{name} (dense)": calls for name, calls in dense.items()}
     return found
 
 
-def prefill(heads, batch, n, causal, flex):
+def prefill(heads, batch, n, case, only_flex=False):
     q = torch.randn(batch, n, heads.q_heads, heads.dim, device="cuda", dtype=BF16)
     k, v = torch.randn(2, batch, n, heads.kv_heads, heads.dim, device="cuda", dtype=BF16)
     lens = torch.full((batch,), n, dtype=torch.int32, device="cuda")
-    attn = fl.Attention(heads, variant=fl.causal if causal else fl.full, dtype=BF16, device="cuda")
-    plan = attn.plan(fl.Batch(q_lens=lens, kv=fl.RaggedKV(lens), max_q_len=n, tokens=batch * n))
+    layout = fl.Batch(q_lens=lens, kv=fl.RaggedKV(lens), max_q_len=n, tokens=batch * n)
     flat = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
     out = torch.empty_like(flat[0])
-    found = {"flashloom": [lambda: plan.run(flat[0], (flat[1], flat[2]), out=out)]}
+    variant = on_gpu(case, heads)
+    attention = fl.Attention(heads, variant=variant, dtype=BF16, device="cuda")
+    with dispatch.only("triton"):
+        plans = {"flashloom": attention.plan(layout)}
+    best = attention.plan(layout)
+    if best.executor != "triton":
+        plans = {"flashloom": best, "flashloom triton": plans["flashloom"]}
+    found = {name: [lambda plan=p: plan.run(flat[0], (flat[1], flat[2]), out=out)] for name, p in plans.items()}
     q4, k4, v4 = (x.transpose(1, 2) for x in (q, k, v))
-    for name, backend in BACKENDS.items():
-
-        def call(backend=backend):
-            with sdpa_kernel(backend):
-                return sdpa(q4, k4, v4, is_causal=causal, enable_gqa=True)
-
-        found[f"sdpa {name}"] = [call]
-    if flex:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        compiled = torch.compile(flex_attention)
-        mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, n, n, device="cuda") if causal else None
-        found["flex"] = [lambda: compiled(q4, k4, v4, block_mask=mask, enable_gqa=True)]
+    if only_flex:
+        return found | peers.flex(q4, [(k4, v4)], case, heads)
+    causal = case.mask_mod is not None
+    found |= peers.flashinfer_prefill(heads, batch, n, causal, *flat, torch.empty_like(out))
+    found |= peers.sdpa(q4, [(k4, v4)], causal)
     return found
 
 
-def main(path):
+def on_gpu(case, heads):
+    """The case's variant with its tensors on the GPU."""
+    with torch.device("cuda"):
+        return case.variant(heads.q_heads)
+
+
+def decode_variant(heads, batch, n, case, pool, page=16):
+    """A variant over pages, and FlexAttention over dense KV."""
+    table, order = pages_of([n] * batch, page)
+    plan = own_decode(heads, [n] * batch, on_gpu(case, heads), BF16, table, page)
+    q = torch.randn(batch, heads.q_heads, heads.dim, device="cuda", dtype=BF16)
+    out = torch.empty_like(q)
+    sets = sets_of(pool, (order.numel(), page, heads.kv_heads, heads.dim), BF16)
+    pairs = [tuple(x.view(batch, n, heads.kv_heads, heads.dim).transpose(1, 2) for x in pair) for pair in sets]
+    found = {"flashloom": [lambda s=s: plan.run(q, s, out=out) for s in sets]}
+    return found | peers.flex(q.view(batch, heads.q_heads, 1, heads.dim), pairs, case, heads)
+
+
+def host_times(pool):
+    """Microseconds of host time per call, none of them waited for: the median of 15 rounds of 100."""
+    lens, page, q = [1024] * 16, 16, torch.randn(16, 32, 128, device="cuda", dtype=BF16)
+    table, order = pages_of(lens, page)
+    plan, out = own_decode(G, lens, fl.causal, BF16, table, page), torch.empty_like(q)
+    cache = fl.PagedKVCache(layers=2, pages=order.numel(), page_size=page, heads=G, dtype=BF16, device="cuda")
+    pair, device_batch = (cache[1].k, cache[1].v), plan.batch
+    kv = fl.PageTable.from_block_table(table, lens, page_size=page)
+    on_host = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(fl.Batch.decode(kv))
+    layers = [cache[0], cache[1]]
+    lens_host = torch.tensor(lens, dtype=torch.int32)
+
+    def new_batch():
+        on_host.update(fl.Batch.decode(fl.PageTable.from_block_table(table, lens_host, page_size=page)))
+
+    calls = {
+        "run(q, cache[i], out=)": lambda: plan.run(q, layers[0], out=out),
+        "run(q, (k, v), out=)": lambda: plan.run(q, pair, out=out),
+        "run(q, cache[i])": lambda: plan.run(q, layers[1]),
+        "run(q, cache[i], out=), layer by layer": lambda: [plan.run(q, layer, out=out) for layer in layers],
+        "update(batch), on the device": lambda: plan.update(device_batch),
+        "update(batch), on the host": lambda: on_host.update(kv_batch),
+        "new table, new batch and update, on the host": new_batch,
+    }
+    kv_batch = on_host.batch
+    rows = {}
+    for name, call in calls.items():
+        for _ in range(50):
+            call()
+        torch.cuda.synchronize()
+        rounds = []
+        for _ in range(15):
+            start = time.perf_counter()
+            for _ in range(100):
+                call()
+            rounds.append((time.perf_counter() - start) * 1e4)
+            torch.cuda.synchronize()
+        share = 2 if "layer by layer" in name else 1
+        rows[name] = {"median": statistics.median(rounds) / share, "low": min(rounds) / share}
+        print(f"host {name}: {rows[name]['median']:.1f} us (lowest {rows[name]['low']:.1f})", flush=True)
+    return rows
+
+
+def main(path, kinds):
     torch.manual_seed(0)
     pool = torch.empty(4_400_000_000, dtype=torch.uint8, device="cuda")
     rows = []
@@ -163,22 +230,29 @@ def main(path):
                 pool[i:end] = values[i:end].to(E4M3).view(torch.uint8)
             pool[half : 2 * half] = pool[:half]
 
+    host = host_times(pool) if "host" in kinds else {}
     fill(BF16)
     table = [(G, b, n) for b in (1, 16, 64, 128) for n in (1024, 4096, 16384)]
     table += [(M, b, n) for b in (1, 64) for n in (1024, 4096, 16384)]
-    for heads, b, n in table:
+    for heads, b, n in table if "decode" in kinds else ():
         moved = b * n * heads.kv_heads * heads.dim * 4
         if moved <= pool.numel():
             name = f"{heads.q_heads}/{heads.kv_heads} batch {b} kv {n}"
             row("decode", name, decode(heads, [n] * b, BF16, pool), moved)
-    for name, lens in SKEWED.items():
+    for name, lens in SKEWED.items() if "skewed" in kinds else ():
         row("skewed decode 32/8", name, decode(G, lens, BF16, pool), sum(lens) * G.kv_heads * G.dim * 4)
-    for causal, batch, n in ((False, 4, 4096), (True, 4, 4096), (True, 16, 1024), (True, 1, 16384)):
-        work = 4 * batch * n * n * G.q_heads * G.dim // (2 if causal else 1)
-        name = f"{'causal' if causal else 'full'} {batch}x{n}"
-        row("prefill 32/8", name, prefill(G, batch, n, causal, n == 4096), 0, work)
-    fill(E4M3)
-    for b, n in ((1, 4096), (16, 1024), (16, 4096), (64, 4096), (128, 4096)):
+    for case, batch, n in (("full", 4, 4096), ("causal", 4, 4096), ("causal", 16, 1024), ("causal", 1, 16384)):
+        if "prefill" in kinds:
+            work = 4 * batch * n * n * G.q_heads * G.dim // (2 if case == "causal" else 1)
+            row("prefill 32/8", f"{case} {batch}x{n}", prefill(G, batch, n, CASES[case]), 0, work)
+    for name in FLEX_CASES if "variants" in kinds else ():
+        moved = 16 * (256 if "window" in name else 4096) * G.kv_heads * G.dim * 4
+        row("decode 32/8 batch 16 kv 4096", name, decode_variant(G, 16, 4096, CASES[name], pool), moved)
+        work = 4 * 4 * 4096 * (256 if "window" in name else 2048) * G.q_heads * G.dim
+        row("prefill 32/8 4x4096", name, prefill(G, 4, 4096, CASES[name], only_flex=True), 0, work)
+    if "fp8" in kinds:
+        fill(E4M3)
+    for b, n in ((1, 4096), (16, 1024), (16, 4096), (64, 4096), (128, 4096)) if "fp8" in kinds else ():
         row("fp8 decode 32/8", f"batch {b} kv {n}", decode(G, [n] * b, E4M3, pool), b * n * G.kv_heads * G.dim * 2)
     driver = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -194,8 +268,14 @@ def main(path):
         "flashloom": "0.1.0", "command": f"PYTHONPATH=src python {' '.join(sys.argv)}", "rounds": ROUNDS,
         "unit": "microseconds per call, median and range of CUDA-graph replays",
     }  # fmt: skip
-    Path(path).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if peers.FLASHINFER:
+        import flashinfer
+
+        about["flashinfer"] = flashinfer.__version__
+    else:
+        about["flashinfer"] = "not installed: left out"
+    Path(path).write_text(json.dumps({**about, "rows": rows, "host": host}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "gpu_attention.json")
+    main(sys.argv[1] if len(sys.argv) > 1 else "gpu_attention.json", sys.argv[2:] or KINDS)

@@ -20,7 +20,9 @@ import tempfile
 from pathlib import Path
 
 CALL = """
-import sys, time, torch
+import os, sys, time, torch
+if os.environ.get("WITHOUT_TRITON"):
+    sys.modules["triton"] = None
 import flashloom as fl
 from flashloom import store
 device, pack = sys.argv[1], sys.argv[2]
@@ -108,6 +110,9 @@ def main() -> None:
     packed = [first_call(asked.device, empty, pack, PATH="/nowhere", CXX="") for _ in range(3)]
     runs["pack, no compiler in PATH"] = min(packed, key=lambda run: run["decode_ms"])
     shutil.rmtree(place)
+    if asked.device == "cuda":
+        bare = [first_call(asked.device, empty, pack, PATH="/nowhere", WITHOUT_TRITON="1") for _ in range(3)]
+        runs["pack, no compiler, no Triton"] = min(bare, key=lambda run: run["decode_ms"])
     for name, run in runs.items():
         print(f"{name:28}", "  ".join(f"{key} {value}" for key, value in run.items()))
     summary = built.stdout.strip().splitlines()[-1].partition(": ")[2]
