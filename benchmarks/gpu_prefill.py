@@ -88,9 +88,11 @@ CHECKS = {
 
 # other ways to run the kernel, timed beside the default one, by the rows they are tried on
 TRIED: dict[str, dict[str, dict]] = {
-    "prefill": {"ring 2": {"ring": 2}},
-    "narrow": {"3 stages": {"stages": 3}, "4 stages": {"stages": 4}},
-    "wide": {"ring 2": {"ring": 2}},
+    "narrow": {
+        "2 consumers": {"consumers": 2, "registers": 232, "other_registers": 40},
+        "64 keys": {"block_n": 64, "box": 64, "registers": 152, "other_registers": 56},
+        "3 stages": {"stages": 3},
+    },
 }
 SHAPES = [(16, 1024), (4, 4096), (1, 16384)]
 
@@ -118,6 +120,17 @@ def _rows() -> list[dict]:
     rows.append(_row("64 of 100-8000", mixed, mixed, G, "causal"))
     for q, n, kv in ((32, 8, 4096), (16, 32, 2048), (512, 1, 16384), (128, 1, 32768), (2048, 1, 2048), (256, 4, 1024)):
         rows.append(_row("append", [q] * n, [kv] * n, G, "causal", 16))
+    for q, n, kv in (
+        (1, 16, 4096),
+        (1, 64, 1024),
+        (1, 64, 4096),
+        (1, 128, 4096),
+        (4, 16, 4096),
+        (4, 64, 4096),
+        (16, 64, 1024),
+    ):
+        rows.append(_row("decode", [q] * n, [kv] * n, G, "causal", 16))
+    rows.append(_row("8192 and 32 decodes on 8192", [8192] + [1] * 32, [8192] + [8192] * 32, G, "causal", 16))
     rows.append(_row("2048 and 64 decodes on 4096", [2048] + [1] * 64, [2048] + [4096] * 64, G, "causal", 16))
     return rows
 

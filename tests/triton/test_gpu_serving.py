@@ -1,0 +1,164 @@
+"""On a GPU: streams, several GPUs, torch.compile, modules that come and go, and the check of device contents."""
+
+import gc
+
+import pytest
+import torch
+from tests.triton.test_gpu import BF16, G, _decode
+
+import flashloom as fl
+from flashloom import settings, store
+from flashloom.attention import library
+from flashloom.attention.reference import attention_reference
+from flashloom.kernel import cuda
+from flashloom.kernel.resident import Resident
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def _error(out, q, cache, kv):
+    want, _ = attention_reference(q, cache[0], cache[1], fl.Batch.decode(kv).to_host(), fl.causal)
+    return float((out.double() - want).norm() / want.norm())
+
+
+@pytest.fixture
+def resident(monkeypatch):
+    """At most two modules of their own; answers the list of what was unloaded."""
+    unloaded, remove = [], cuda.Function.__del__
+
+    def note(self):
+        unloaded.append(self.entry.label)
+        remove(self)
+
+    monkeypatch.setattr(cuda.Function, "__del__", note)
+    monkeypatch.setattr(cuda, "_functions", Resident(lambda: 2))
+    yield unloaded
+    gc.collect()
+
+
+def test_modules_are_unloaded_and_loaded_again_but_not_under_a_graph(resident):
+    plan, q, cache, _ = _decode([700, 64])
+    out = torch.empty_like(q)
+    plan.run(q, (cache[0], cache[1]), out=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(q, (cache[0], cache[1]), out=out)
+    first = out.clone()
+    before = store.counters()
+    for heads in (fl.HeadShape(4, 1, 64), fl.HeadShape(8, 1, 64), fl.HeadShape(4, 1, 96), fl.HeadShape(4, 1, 64)):
+        other, q2, cache2, kv2 = _decode([300, 40], heads=heads)
+        assert _error(other.run(q2, (cache2[0], cache2[1])), q2, cache2, kv2) < 8e-3
+        del other
+        gc.collect()
+    assert len(resident) >= 6, "modules that nobody held stayed"
+    assert len(cuda._functions) <= 2 + 3, "more are loaded than the limit and what the plan holds"
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, first)
+    assert store.counters().builds - before.builds <= 9  # those of three shapes; what came again was found
+    launches = (plan._executor._planner, *plan._executor._kernels.values())
+    held = {id(launch._function) for launch in launches}
+    assert held <= {id(value) for value in cuda._functions._alive.values()}
+
+
+def test_contents_on_the_device_are_checked_when_asked(monkeypatch):
+    monkeypatch.setattr(settings, "_current", settings.Settings(check=True))
+    plan, q, cache, kv = _decode([64, 200])
+    plan.run(q, (cache[0], cache[1]))
+    kv.pages[3] = 10_000
+    plan.update(fl.Batch.decode(kv))
+    with pytest.raises(ValueError, match=r"request 0's page table entry 3 is page 10000: the cache has \d+ pages"):
+        plan.run(q, (cache[0], cache[1]))
+    kv.pages[3] = 0
+    kv.kv_lens[1] = -5
+    with pytest.raises(ValueError, match=r"-5"):
+        plan.update(fl.Batch.decode(kv))
+    kv.kv_lens[1] = 9000
+    with pytest.raises(ValueError, match=r"request 1 has 9000 tokens but"):
+        plan.update(fl.Batch.decode(kv))
+    kv.kv_lens[1] = 200
+    plan.update(fl.Batch.decode(kv))
+    assert _error(plan.run(q, (cache[0], cache[1])), q, cache, kv) < 8e-3
+
+
+def test_runs_on_several_streams_are_ordered():
+    plan, q, cache, kv = _decode([5000, 300])
+    want = plan.run(q, (cache[0], cache[1]))
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    torch.cuda.synchronize()
+    for i in range(30):
+        with torch.cuda.stream(streams[i % 3]):
+            if i % 2:
+                plan.update(fl.Batch.decode(kv))
+            results.append(plan.run(q, (cache[0], cache[1])))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, want) for result in results)
+
+
+def test_updates_from_the_host_never_overtake_each_other():
+    """Many updates without waiting: each run sees the lengths of the update before it."""
+    lens = [[1 + 37 * i % 900, 16, 1 + 91 * i % 700] for i in range(40)]
+    _, q, cache, kv = _decode([900, 16, 700])
+    table = kv.pages.view(3, -1).cpu()
+    want = []
+    for one in lens:
+        batch = fl.Batch.decode(fl.PageTable.from_block_table(table, one, page_size=16))
+        host = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(batch)
+        want.append(host.run(q, (cache[0], cache[1])))
+    follow = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(batch)
+    got = []
+    for one in lens:
+        follow.update(fl.Batch.decode(fl.PageTable.from_block_table(table, one, page_size=16)))
+        got.append(follow.run(q, (cache[0], cache[1])))
+    torch.cuda.synchronize()
+    for a, b in zip(got, want, strict=True):
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < 8e-3  # another cut of the keys
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_several_gpus_in_one_process():
+    found = []
+    for index in (0, 1):
+        device = torch.device("cuda", index)
+        cache = torch.randn(2, 40, 16, 8, 128, device=device, dtype=BF16)
+        kv = fl.PageTable.from_block_table(torch.arange(40).view(1, 40), [600], page_size=16)
+        q = torch.randn(1, 32, 128, device=device, dtype=BF16)
+        plan = fl.Attention(G, variant=fl.causal, dtype=BF16, device=device).plan(fl.Batch.decode(kv))
+        found.append((plan, q, cache, kv))
+    for _ in range(3):
+        for plan, q, cache, kv in found:  # the current device is 0 throughout
+            out = plan.run(q, (cache[0], cache[1]))
+            assert out.device == q.device
+            assert _error(out, q, cache, kv) < 8e-3
+
+
+def test_compiled_without_a_break():
+    torch._dynamo.reset()
+    plan, q, cache, _ = _decode([700, 64])
+    layer = (cache[0], cache[1])
+
+    def step(q):
+        return plan.run(q * 2, layer).float().sum(-1)
+
+    compiled = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(compiled(q), step(q))
+
+    def dense(q, k, v):
+        return fl.attention(q, k, v, variant=fl.causal)
+
+    x = torch.randn(2, 8, 200, 64, device="cuda", dtype=BF16)
+    torch.testing.assert_close(torch.compile(dense, fullgraph=True)(x, x, x), dense(x, x, x))
+
+
+def test_the_operator_keeps_torchs_rules():
+    plan, q, cache, _ = _decode([700, 64])
+    out = torch.empty_like(q)
+    arguments = (q, cache[0], cache[1], None, None, out, None, plan.handle, 0, False, False, None)
+    found = torch.library.opcheck(torch.ops.flashloom.attention_run.default, arguments)
+    assert set(found.values()) == {"SUCCESS"}
+    x = torch.randn(1, 4, 64, 64, device="cuda", dtype=BF16)
+    library._keep(fl.causal)
+    found = torch.library.opcheck(torch.ops.flashloom.attention.default, (x, x, x, id(fl.causal), None, True))
+    assert set(found.values()) == {"SUCCESS"}
