@@ -2,6 +2,8 @@
 #include <stdint.h>
 #include <tvm/ffi/c_api.h>
 
+#include "threads.h"
+
 typedef uint64_t Words __attribute__((vector_size(64), aligned(8), may_alias));
 
 static const int64_t CHUNK = 64 << 10;  // bytes per piece of work: 16 pages
@@ -13,16 +15,17 @@ extern "C" int __tvm_ffi_read_bytes(void*, const TVMFFIAny* args, int32_t, TVMFF
   const char* const base = reinterpret_cast<const char*>(args[0].v_int64);
   const int64_t chunks = args[1].v_int64 / CHUNK;
   uint64_t all = 0;
-#pragma omp parallel for schedule(dynamic) num_threads(args[2].v_int64) reduction(^ : all)
-  for (int64_t c = 0; c < chunks; ++c) {
+  flashloom::for_chunks(static_cast<int>(args[2].v_int64), chunks, [&](int, int64_t c) {
     const Words* p = reinterpret_cast<const Words*>(base + c * CHUNK);
     Words sum[STREAMS] = {};
     for (int64_t i = 0; i < STEP; ++i)
 #pragma GCC unroll 8
       for (int s = 0; s < STREAMS; ++s) sum[s] ^= p[s * STEP + i];
+    uint64_t word = 0;
     for (int s = 0; s < STREAMS; ++s)
-      for (int i = 0; i < 8; ++i) all ^= sum[s][i];
-  }
+      for (int i = 0; i < 8; ++i) word ^= sum[s][i];
+    __atomic_fetch_xor(&all, word, __ATOMIC_RELAXED);
+  });
   result->type_index = kTVMFFIInt;
   result->zero_padding = 0;
   result->v_int64 = static_cast<int64_t>(all);
