@@ -104,3 +104,49 @@ def _check(out_a: torch.Tensor, lse_a: torch.Tensor | None, out_b: torch.Tensor,
                 "value_dim] or [batch, q_heads, tokens, "
                 "value_dim], the same for both parts, and lse the same without the last dimension"
             )
+
+
+def merge_many(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge any number of partial results of the same queries over disjoint keys.
+
+    outs: [tokens, parts, q_heads, value_dim]; lses: float32 [tokens, parts, q_heads], natural logarithm. Returns out
+    [tokens, q_heads, value_dim] in outs' dtype and lse [tokens, q_heads]; 0 and -inf where every part is -inf."""
+    _check_parts(outs, lses, 4, "[tokens, parts, q_heads, value_dim]")
+    lse = torch.logsumexp(lses.to(torch.float32), 1) if lses.shape[1] else lses.new_full(_without(lses, 1), -torch.inf)
+    weight = torch.exp(lses - torch.where(lse == -torch.inf, 0, lse).unsqueeze(1))
+    kept = torch.where(weight.unsqueeze(-1) == 0, 0, outs.to(torch.float32))
+    return torch.einsum("tph,tphd->thd", weight, kept).to(outs.dtype), lse
+
+
+def merge_ragged(outs: torch.Tensor, lses: torch.Tensor, indptr: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge another number of partial results for each query: those of query i are rows indptr[i]:indptr[i + 1].
+
+    outs: [rows, q_heads, value_dim]; lses: float32 [rows, q_heads], natural logarithm; indptr: int32 or int64 [tokens +
+    1], ascending from 0 to rows. Returns out [tokens, q_heads, value_dim] and lse [tokens, q_heads]."""
+    _check_parts(outs, lses, 3, "[rows, q_heads, value_dim]")
+    if indptr.dim() != 1 or indptr.numel() < 1 or indptr.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"indptr is {indptr.dtype} {tuple(indptr.shape)}: give int32 or int64 [tokens + 1]")
+    tokens, (rows, heads, width) = indptr.numel() - 1, outs.shape
+    token = torch.searchsorted(indptr, torch.arange(rows, dtype=indptr.dtype, device=outs.device), right=True) - 1
+    lses = lses.to(torch.float32)
+    top = lses.new_full((tokens, heads), -torch.inf)
+    top = top.scatter_reduce(0, token.unsqueeze(1).expand(rows, heads), lses, "amax")
+    safe = torch.where(top == -torch.inf, 0, top)
+    weight = torch.exp(lses - safe[token])
+    total = lses.new_zeros((tokens, heads)).index_add_(0, token, weight)
+    share = weight / torch.where(total == 0, 1, total)[token]
+    part = torch.where(share.unsqueeze(-1) == 0, 0, outs.to(torch.float32)).mul_(share.unsqueeze(-1))
+    out = part.new_zeros((tokens, heads, width)).index_add_(0, token, part)
+    return out.to(outs.dtype), safe + torch.log(total)
+
+
+def _without(x: torch.Tensor, axis: int) -> list[int]:
+    return [size for i, size in enumerate(x.shape) if i != axis]
+
+
+def _check_parts(outs: torch.Tensor, lses: torch.Tensor, rank: int, form: str) -> None:
+    if outs.dim() != rank or tuple(lses.shape) != tuple(outs.shape[:-1]):
+        raise ValueError(
+            f"outs has shape {tuple(outs.shape)} and lses {tuple(lses.shape)}: must be {form}, and the same without "
+            "the last dimension"
+        )

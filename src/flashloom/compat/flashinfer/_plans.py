@@ -1,0 +1,180 @@
+"""From FlashInfer's plan() and run() to flashloom's: batches from its index arrays, and a wrapper's plans."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import flashloom as fl
+from flashloom.attention import Attention, Batch, HeadShape, Plan, Reserve
+from flashloom.compat.flashinfer._variants import LOG2E
+from flashloom.kv_cache import PageTable, RaggedKV
+
+ATTENTIONS_KEPT = 256
+PLANS_KEPT = 8  # per wrapper
+SCALES_KEPT = 1024
+
+_lock = threading.Lock()
+_attentions: OrderedDict[tuple, Attention] = OrderedDict()
+_scales: OrderedDict[tuple, torch.Tensor] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class Form:
+    """What of a call picks a kernel, beside its variant."""
+
+    q_heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    q_dtype: torch.dtype
+    kv_dtype: torch.dtype
+    batch_invariant: bool = False
+
+    @property
+    def heads(self) -> HeadShape:
+        return HeadShape(self.q_heads, self.kv_heads, self.dim, self.value_dim)
+
+
+def attention(form: Form, variant: fl.Variant, device: torch.device) -> Attention:
+    """The Attention of a form and a variant's expression; its numbers come with each run."""
+    key = (form, variant.program.digest, device)
+    with _lock:
+        found = _attentions.get(key)
+        if found is not None:
+            _attentions.move_to_end(key)
+            return found
+    made = Attention(
+        form.heads,
+        variant=variant,
+        dtype=form.q_dtype,
+        kv_dtype=form.kv_dtype,
+        batch_invariant=form.batch_invariant,
+        device=device,
+    )
+    with _lock:
+        _attentions[key] = made
+        if len(_attentions) > ATTENTIONS_KEPT:
+            _attentions.popitem(last=False)
+    return made
+
+
+def scale_tensor(value: Any, device: torch.device) -> torch.Tensor | None:
+    """A scale of keys or values as float32 [1] or [kv_heads] on the device; None for 1. A number is filled in once."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float32).reshape(-1)
+    if float(value) == 1.0:
+        return None
+    key = (float(value), device)
+    found = _scales.get(key)
+    if found is None:
+        found = _scales[key] = torch.full((1,), float(value), dtype=torch.float32, device=device)
+        if len(_scales) > SCALES_KEPT:
+            _scales.popitem(last=False)
+    return found
+
+
+def base_two(lse: torch.Tensor) -> torch.Tensor:
+    """A natural logarithm in place as one to base 2, as FlashInfer has it."""
+    return lse.mul_(LOG2E)
+
+
+class Plans:
+    """The plans of one wrapper for the batch it was planned for last.
+
+    A plan is made for a form, a variant's expression and a size class of batches, and follows later batches of that
+    class. `fixed` (CUDA graphs): every plan follows at once, at the same addresses, up to `reserve`."""
+
+    def __init__(self, device: torch.device, fixed: bool = False):
+        self.device, self._fixed = device, fixed
+        self._plans: OrderedDict[tuple, list] = OrderedDict()  # key -> [plan, step it is at]
+        self._step = 0
+        self._reserve: Reserve | None = None
+        self.batch: Batch | None = None
+        self._class: tuple = ()
+        self.last: Plan | None = None
+
+    def follow(self, batch: Batch, reserve: Reserve | None = None) -> None:
+        """From now on this batch; plans of the former one follow when they are used next, fixed ones at once."""
+        if self._fixed:
+            self._reserve = self._reserve or reserve
+            for entry in self._plans.values():
+                entry[0].update(batch)
+                entry[1] = self._step + 1
+        self._step, self.batch = self._step + 1, batch
+        self._class = (batch.page_size, batch.ragged, batch.host, *(() if self._fixed else _size_class(batch)))
+
+    def get(self, form: Form, variant: fl.Variant) -> Plan:
+        """The plan for the batch, made or updated if it is not there yet."""
+        key = (form, variant.program.digest, self._class)
+        entry = self._plans.get(key)
+        if entry is None:
+            assert self.batch is not None
+            plan = attention(form, variant, self.device).plan(self.batch, reserve=self._reserve)
+            entry = self._plans[key] = [plan, self._step]
+            if len(self._plans) > PLANS_KEPT and not self._fixed:
+                self._plans.popitem(last=False)
+        elif entry[1] != self._step:
+            entry[0].update(self.batch, variant=variant)
+            entry[1] = self._step
+            self._plans.move_to_end(key)
+        self.last = entry[0]
+        return entry[0]
+
+
+def _size_class(batch: Batch) -> tuple[int, ...]:
+    """Batches of one class share a plan: sizes that can pick a kernel, to the next power of two."""
+    tokens = batch.max_q_len * batch.requests if batch.tokens is None else batch.tokens
+    mean = -(-tokens // max(batch.requests, 1))
+    keys = max(batch.kv_lens.tolist(), default=0) if batch.host else 0
+    return tuple(int(x).bit_length() for x in (batch.max_q_len - 1, mean - 1, batch.requests, keys))
+
+
+def on_host(x: torch.Tensor) -> torch.Tensor:
+    """The contents of offsets or lengths; waits for the device if they are there."""
+    return x if x.device.type == "cpu" else x.cpu()
+
+
+def kv_lengths(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Tokens of each request; a request without pages has none, whatever its last page says."""
+    pages = indptr[1:] - indptr[:-1]
+    lens = (pages - 1) * page_size + last_page_len.to(indptr.dtype)
+    return torch.where(pages > 0, lens, 0).to(torch.int32)
+
+
+def int32(x: torch.Tensor, device: torch.device, non_blocking: bool = True) -> torch.Tensor:
+    return x.to(device, torch.int32, non_blocking=non_blocking)
+
+
+def paged(
+    q_indptr: torch.Tensor,
+    max_q_len: int,
+    tokens: int,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_size: int,
+) -> Batch:
+    """A batch over pages; all tensors int32 on one device. `indices` may be longer than indptr says."""
+    if indptr.device.type == "cpu":
+        if int(indptr[-1]) > indices.numel():
+            raise ValueError(
+                f"indptr ends at {int(indptr[-1])} but there are {indices.numel()} page indices: give one per page"
+            )
+        return Batch(q_indptr=q_indptr, kv=PageTable(kv_lens, indptr, indices.clone(), page_size))
+    return Batch(
+        q_indptr=q_indptr, kv=PageTable(kv_lens, indptr, indices, page_size), max_q_len=max_q_len, tokens=tokens
+    )
+
+
+def ragged(q_indptr: torch.Tensor, max_q_len: int, tokens: int, kv_indptr: torch.Tensor) -> Batch:
+    """A batch over rows of keys and values; int32 offsets on one device."""
+    if kv_indptr.device.type == "cpu":
+        return Batch(q_indptr=q_indptr, kv=RaggedKV(indptr=kv_indptr))
+    return Batch(q_indptr=q_indptr, kv=RaggedKV(indptr=kv_indptr), max_q_len=max_q_len, tokens=tokens)
