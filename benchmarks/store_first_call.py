@@ -105,8 +105,10 @@ def main() -> None:
         pack,
     ]
     built = subprocess.run(
-        command, env={**os.environ, "FLASHLOOM_CACHE_DIR": store}, check=True, capture_output=True, text=True
+        command, env={**os.environ, "FLASHLOOM_CACHE_DIR": store}, check=False, capture_output=True, text=True
     )
+    if built.returncode:
+        raise SystemExit(built.stderr)
     packed = [first_call(asked.device, empty, pack, PATH="/nowhere", CXX="") for _ in range(3)]
     runs["pack, no compiler in PATH"] = min(packed, key=lambda run: run["decode_ms"])
     shutil.rmtree(place)
