@@ -116,4 +116,6 @@ def flashloom_attention(
     variant = layout.posed.with_logits(softcap, s_aux)
     plan = layout.plan(heads, query.dtype, key.dtype, scaling, query.device, variant)
     q = query.transpose(1, 2).reshape(batch * q_length, q_heads, dim)
-    return plan.run(q, (key, value), variant=variant).view(batch, q_length, q_heads, value.shape[-1]), None
+    return plan.run(q, (key.transpose(1, 2), value.transpose(1, 2)), variant=variant).view(
+        batch, q_length, q_heads, value.shape[-1]
+    ), None

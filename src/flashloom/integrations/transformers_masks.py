@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import masking_utils as hf
@@ -179,8 +180,8 @@ class Piece:
 class Rules:
     """A pattern, the padding of each sequence, and where the queries stand among the keys.
 
-    Query row i stands at key slot `first_row + i`. `keep` is bool [requests, kv_length] on the host, None when nothing
-    is padded. `skip_padding`: rows of padding are not computed, as nobody reads them. `device`: that of the model.
+    Query row i stands at key slot `first_row + i`. `keep` is bool [requests, kv_length], None when nothing is padded.
+    `skip_padding`: rows of padding are not computed, as nobody reads them. `device`: that of the model.
     """
 
     pattern: Pattern
@@ -189,7 +190,7 @@ class Rules:
     kv_length: int
     first_row: int
     kv_offset: int
-    keep: Tensor | None
+    keep: np.ndarray | None
     skip_padding: bool
     device: torch.device
 
@@ -208,7 +209,7 @@ class Rules:
         if real is None:
             assert keep is not None
             pieces = [Piece(b, self.q_length, end, 0, end) for b in range(self.requests)]
-            return self._layout(pieces, KeptKeys(keep=keep.contiguous().to(self.device)))
+            return self._layout(pieces, KeptKeys(keep=torch.from_numpy(keep.copy()).to(self.device)))
         return self._layout(
             [piece for b, (first, stop) in enumerate(real) for piece in self._pieces(b, first, stop, end)]
         )
@@ -256,8 +257,11 @@ class Rules:
         else:
             key = (pattern.causal, pattern.left, pattern.right, start, *(x and tuple(x) for x in (first, stop)))
             found = VARIANTS.get((*key, self.device), posed)
-        kv = fl.DenseKV(len(pieces), self.kv_length, [piece.keys for piece in pieces], rows=owners)
-        return Layout(fl.Batch(q_lens=[piece.rows for piece in pieces], kv=kv), found)
+        lens, rows, owner = (
+            np.array([(p.keys, p.rows, p.owner) for p in pieces], dtype=np.int32).reshape(-1, 3).T.copy()
+        )
+        kv = fl.DenseKV(len(pieces), self.kv_length, torch.from_numpy(lens), rows=torch.from_numpy(owner))
+        return Layout(fl.Batch(q_lens=torch.from_numpy(rows), kv=kv), found)
 
     def _integers(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self.device)
@@ -292,8 +296,8 @@ def flashloom_mask(
     keep = None
     if attention_mask is not None:
         padded = hf.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        keep = padded[:, kv_offset : kv_offset + kv_length].bool().cpu()
-        keep = None if bool(keep.all()) else keep
+        keep = padded[:, kv_offset : kv_offset + kv_length].bool().cpu().numpy()
+        keep = None if keep.all() else keep
     encoder = getattr(config, "model_type", None) in ENCODERS and not getattr(config, "add_cross_attention", False)
     skip = encoder and not pattern.causal and q_length == kv_length and q_offset == 0
     device = torch.device(device)
@@ -340,14 +344,13 @@ def dense_layout(mask: Tensor, query: Tensor, key: Tensor) -> Layout:
     return Layout(fl.Batch(q_lens=[q_length] * batch, kv=fl.DenseKV(batch, keys)), Posed(variant))
 
 
-def _intervals(keep: Tensor) -> list[tuple[int, int]] | None:
+def _intervals(keep: np.ndarray) -> list[tuple[int, int]] | None:
     """(first, last + 1) of the kept slots of each row, (0, 0) for none; None when a row has gaps."""
-    count = keep.sum(1)
-    first = keep.int().argmax(1)
-    last = keep.shape[1] - keep.flip(1).int().argmax(1)
-    if bool(((last - first != count) & (count > 0)).any()):
+    count, first = keep.sum(1), keep.argmax(1)
+    last = np.where(count, keep.shape[1] - keep[:, ::-1].argmax(1), 0)
+    if (last - first != count).any():
         return None
-    return [(int(a), int(b)) if n else (0, 0) for a, b, n in zip(first, last, count)]
+    return list(zip(first.tolist(), last.tolist()))
 
 
 def _captured(function: Callable) -> dict[str, Any]:

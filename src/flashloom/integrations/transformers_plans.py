@@ -74,11 +74,11 @@ class Layout:
 
     def plan(
         self, heads: tuple[int, ...], dtype: torch.dtype, kv_dtype: torch.dtype, scale: float | None,
-        device: torch.device, variant: fl.Variant, layout: str = "HND",
+        device: torch.device, variant: fl.Variant,
     ) -> fl.Plan:  # fmt: skip
         """The plan of this batch for layers of these heads (q_heads, kv_heads, dim, value_dim) and a variant of this
         expression."""
-        key = (heads, dtype, kv_dtype, scale, device, variant.program.digest, layout, *self._size)
+        key = (heads, dtype, kv_dtype, scale, device, variant.program.digest, *self._size)
         plan = self._plans.get(key)
         if plan is None:
             plan = _take(key)
@@ -86,7 +86,7 @@ class Layout:
                 plan.update(self.batch, variant=variant)
             else:
                 attention = fl.Attention(
-                    fl.HeadShape(*heads), variant=variant, dtype=dtype, kv_dtype=kv_dtype, layout=layout,
+                    fl.HeadShape(*heads), variant=variant, dtype=dtype, kv_dtype=kv_dtype,
                     sm_scale=scale, device=device,
                 )  # fmt: skip
                 plan = attention.plan(self.batch)
