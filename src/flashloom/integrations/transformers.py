@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from flashloom.integrations.transformers_masks import Mask, dense_layout, flashloom_mask, unmasked_layout
+from flashloom.integrations.transformers_paged import paged_attention
 
 NAME = "flashloom"
 
 
 def register(name: str = NAME) -> None:
-    """Make `name` an attention implementation of transformers. Calling it again changes nothing.
+    """Make `name` an attention implementation of transformers, and `paged|name` one of its continuous batching
+    (`generate_batch`). Calling it again changes nothing.
 
     Raises ImportError when transformers is absent or older than 5.
     """
@@ -35,6 +37,7 @@ def register(name: str = NAME) -> None:
             f"transformers {transformers.__version__} is too old for flashloom: pip install 'transformers>=5'"
         )
     transformers.AttentionInterface.register(name, flashloom_attention)
+    transformers.AttentionInterface.register(f"paged|{name}", paged_attention)
     transformers.AttentionMaskInterface.register(name, flashloom_mask)
     _claim(name)
 
