@@ -8,7 +8,6 @@ from tests.triton.test_gpu import BF16, G, _decode
 
 import flashloom as fl
 from flashloom import settings, store
-from flashloom.attention import library
 from flashloom.attention.reference import attention_reference
 from flashloom.kernel import cuda
 from flashloom.kernel.resident import Resident
@@ -159,6 +158,5 @@ def test_the_operator_keeps_torchs_rules():
     found = torch.library.opcheck(torch.ops.flashloom.attention_run.default, arguments)
     assert set(found.values()) == {"SUCCESS"}
     x = torch.randn(1, 4, 64, 64, device="cuda", dtype=BF16)
-    library._keep(fl.causal)
-    found = torch.library.opcheck(torch.ops.flashloom.attention.default, (x, x, x, id(fl.causal), None, True))
+    found = torch.library.opcheck(torch.ops.flashloom.attention.default, (x, x, x, fl.causal._handle, None, True))
     assert set(found.values()) == {"SUCCESS"}

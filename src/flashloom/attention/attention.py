@@ -96,6 +96,10 @@ class Attention:
         return f"Attention({self.heads}, variant={self.variant}, dtype={names[0]}, kv_dtype={names[1]}, {self.device})"
 
 
+def _parts(kv: Any) -> tuple[Any, Any, Any, Any]:
+    return (kv.k, kv.v, kv.k_scale, kv.v_scale) if type(kv) is KV else (None, None, None, None)
+
+
 class Plan:
     """An Attention prepared for a batch; made by `Attention.plan`. It belongs to one thread and one stream at a
     time."""
@@ -119,6 +123,7 @@ class Plan:
         self._out_shape: torch.Size = torch.Size(())
         self._kv_signature: tuple | None = None
         self._kv_known: tuple | None = None
+        self._pages_known: int | None = None  # a cache of so many pages has all those of the batch
         self._repeat: Any = None  # launches once more if nothing but addresses has changed since it was set
         check.batch(batch, self._device)
         if settings.get().enable_cudagraph:
@@ -164,8 +169,7 @@ class Plan:
         try:
             plain = variant is None and sm_scale is None and lse is None and not (return_lse or partial)
             if plain and self._repeat is not None:
-                known = type(kv) is KV
-                k, v, k_scale, v_scale = (kv.k, kv.v, kv.k_scale, kv.v_scale) if known else self._pair(kv)
+                k, v, k_scale, v_scale = self._pair(kv) if type(kv) is tuple else _parts(kv)
                 if k is not None and type(q) is Tensor:
                     to = q.new_empty(self._out_shape, dtype=self._out_dtype) if out is None else out
                     if self._cuda_index is not None:
@@ -219,7 +223,7 @@ class Plan:
 
     def _pair(self, kv: Any) -> tuple[Any, Any, Any, Any]:
         """k and v of a tuple that is in the kernels' form as it stands, or None for any other."""
-        if type(kv) is tuple and len(kv) == 2 and self.attention.layout == "NHD" and not self._batch.ragged:
+        if len(kv) == 2 and self.attention.layout == "NHD" and not self._batch.ragged:
             return (*kv, None, None)
         return None, None, None, None
 
@@ -229,8 +233,9 @@ class Plan:
 
     def _accept_kv(self, kv: KV) -> None:
         if kv.signature == self._kv_known and not self._contents:  # only the batch is new
-            if self._batch.host:
+            if self._batch.host and self._pages_known != kv.k.shape[0]:
                 self._batch.kv.check_pages(kv.k.shape[0])
+                self._pages_known = kv.k.shape[0]
             self._kv_signature = self._kv_known = kv.signature
             return
         check.keys_values(
@@ -350,7 +355,7 @@ class Plan:
         self._repeat = None
         if self._q_shape is not None and self._q_shape[0] < (batch.tokens or 0):
             self._q_shape = None
-        self._kv_signature = None  # its pages are compared with the new table in the next run
+        self._kv_signature = self._pages_known = None  # its pages are compared with the new table in the next run
 
     # --- looking ---
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashloom.attention import check
 from flashloom.kv_cache.cache import KV
-from flashloom.variant.variant import Variant
+from flashloom.variant.variant import INSTANCES, Variant
 
 if TYPE_CHECKING:
     from flashloom.attention.attention import Plan
@@ -26,13 +26,16 @@ _library.define(
 _library.define(
     "attention(Tensor q, Tensor k, Tensor v, int variant, float? sm_scale, bool return_lse) -> (Tensor, Tensor)"
 )
-_variants: dict[int, Variant] = {}  # by id; kept alive because compiled code refers to them
 
 
-@torch._dynamo.assume_constant_result
-def _keep(variant: Variant) -> bool:
-    _variants[id(variant)] = variant
-    return True
+def _variant(handle: int) -> Variant:
+    found = INSTANCES.get(handle)
+    if found is None:
+        raise RuntimeError(
+            f"variant {handle} no longer exists: a compiled or exported function needs the variants it was traced "
+            "with; keep them alive"
+        )
+    return found
 
 
 def run(
@@ -57,9 +60,7 @@ def run(
         views, parts = True, (kv.k, kv.v, kv.k_scale, kv.v_scale)
     else:
         views, parts = False, check.raw_kv(kv, plan.batch, heads)
-    handle = 0
-    if variant is not None and _keep(variant):
-        handle = id(variant)
+    handle = 0 if variant is None else variant._handle
     torch.ops.flashloom.attention_run(q, *parts, out, lse, plan.handle, handle, views, partial, sm_scale)
     return (out, lse) if return_lse else out
 
@@ -68,8 +69,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, variant: Variant, sm_scale: float | N
     """`fl.attention` while it is being traced."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check.grad(name, x)
-    _keep(variant)
-    out, lse = torch.ops.flashloom.attention(q, k, v, id(variant), sm_scale, return_lse)
+    out, lse = torch.ops.flashloom.attention(q, k, v, variant._handle, sm_scale, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -96,7 +96,7 @@ def _run(
             "alive"
         )
     kv: Any = KV(k, v, k_scale, v_scale) if views else (k, v, k_scale, v_scale)
-    other = _variants[variant] if variant else None
+    other = _variant(variant) if variant else None
     found.run(q, kv, out=out, lse=lse, partial=partial, variant=other, sm_scale=sm_scale)
 
 
@@ -105,7 +105,7 @@ def _dense(
 ) -> tuple[Tensor, Tensor]:
     from flashloom.attention.function import attention
 
-    result = attention(q, k, v, variant=_variants[variant], sm_scale=sm_scale, return_lse=return_lse)
+    result = attention(q, k, v, variant=_variant(variant), sm_scale=sm_scale, return_lse=return_lse)
     return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
 

@@ -28,6 +28,7 @@ from flashloom.target import Target
 
 __all__ = ["POINTERS", "TritonKernel", "interpreting", "pointer"]
 
+_importing = threading.Lock()
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5", torch.int8: "*i8", torch.uint8: "*u8",
@@ -113,6 +114,8 @@ class TritonKernel:
 
     def compile(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(texts and binaries by stage, metadata), without a store and without Triton's cache folder."""
+        with _importing:  # Triton cannot be imported by several threads at a time
+            import triton.compiler  # noqa: F401
         from triton._C.libtriton import ir
         from triton.backends.compiler import GPUTarget
         from triton.compiler.compiler import make_backend

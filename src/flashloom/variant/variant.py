@@ -7,13 +7,15 @@ dtypes and ranks.
 from __future__ import annotations
 
 import inspect
+import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_origin
 
 import torch
-from typing_extensions import dataclass_transform
+from typing_extensions import Self, dataclass_transform
 
 from flashloom.variant import expr as ir
 from flashloom.variant.expr import BOOL, FLOAT, Expr, Param, Program
@@ -95,6 +97,11 @@ def _as_value(owner: str, name: str, kind: str, value: Any) -> torch.Tensor | in
     return value
 
 
+_handles = itertools.count(1)
+#: Live variants by handle.
+INSTANCES: weakref.WeakValueDictionary[int, Variant] = weakref.WeakValueDictionary()
+
+
 @dataclass_transform(kw_only_default=True)
 class Variant:
     """Base class of attention variants.
@@ -106,6 +113,8 @@ class Variant:
     are the weights. Variants compose with `&`, applied left to right.
     """
 
+    if TYPE_CHECKING:
+        _handle: int
     softmax: ClassVar[bool] = True
     _kinds: ClassVar[dict[str, str]] = {}
 
@@ -121,6 +130,15 @@ class Variant:
             n: _kind_of(cls, n, a) for n, a in annotations.items() if n != "softmax" and get_origin(a) is not ClassVar
         }
         cls._kinds = {**cls._kinds, **own}
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        self = super().__new__(cls)
+        self.__dict__["_handle"] = next(_handles)  # how compiled code, which holds no objects, names it
+        INSTANCES[self._handle] = self
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_handle"}  # a copy has its own
 
     def __init__(self, **fields: Any) -> None:
         cls = type(self)
