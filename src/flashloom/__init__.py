@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flashloom.settings import configure
     from flashloom.store import SealedError, seal, use
     from flashloom.target import Target
+    from flashloom.tune import autotune, tune, tune_cache_path
     from flashloom.variant import (
         Bits,
         PerHead,
@@ -58,6 +59,7 @@ _PUBLIC = {
     "settings": ("configure",),
     "store": ("SealedError", "seal", "use"),
     "target": ("Target",),
+    "tune": ("autotune", "tune", "tune_cache_path"),
     "variant": (
         "Bits", "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Scalar", "TraceError", "Variant",
         "alibi", "alibi_slopes", "causal", "custom_mask", "document_mask", "from_flex", "full", "length_temperature",
@@ -70,9 +72,9 @@ __all__ = [
     "Attention", "Batch", "Bits", "BlockSparseKV", "DenseKV", "HeadShape", "Monitor", "Pack", "PageTable",
     "PagedKVCache", "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Plan", "RaggedKV",
     "Reserve", "Scalar", "SealedError", "Target", "TraceError", "Variant", "Workload", "alibi", "alibi_slopes",
-    "append", "attention", "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex", "full",
+    "append", "attention", "autotune", "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex", "full",
     "length_temperature", "merge", "monitor", "packed_mask", "prefix_lm", "prepare", "rope", "rope_frequencies",
-    "seal", "sigmoid", "sink", "sliding_window", "softcap", "use", "workloads",
+    "seal", "sigmoid", "sink", "sliding_window", "softcap", "tune", "tune_cache_path", "use", "workloads",
 ]  # fmt: skip
 
 

@@ -109,7 +109,10 @@ class Scope:
         return next(self._answers(question, bucket), None)
 
     def has(self, operator: str) -> bool:
-        """Whether any layer has a record of this operator; where none has, a look-up need not be prepared."""
+        """Whether a look-up is worth preparing: within a context it is, for what is missed is listed; outside of all it
+        is where any layer has a record of this operator."""
+        if not self._is_base:
+            return True
         if self._generation != _generation:
             self._renew()
         found = self._any.get(operator)

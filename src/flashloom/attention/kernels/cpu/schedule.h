@@ -48,7 +48,7 @@ struct Scheduler {
       else row_work += rows * a.kv_lens[b] * heads, row_units += heads * ((rows + limit.block_rows - 1) / limit.block_rows);
     }
     // small work is not worth many pieces
-    int64_t decode_share = decode_work / (decode_work < a.threads * 16384 ? a.threads * 2 : pieces);
+    int64_t decode_share = decode_work / (decode_work < a.threads * 16384 && !a.cut_pieces ? a.threads * 2 : pieces);
     // many rows: blocks as large as leave every thread enough of them
     int64_t block = limit.block_rows;
     while (row_units && row_units < pieces && block > limit.step_rows) block /= 2, row_units *= 2;

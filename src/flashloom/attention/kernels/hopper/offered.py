@@ -58,5 +58,5 @@ def candidates(default: Config, heads: HeadShape, page_size: int) -> list[Config
                     found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 72), (232, 40))]
     if _HAS_CONSUMERS and max(width(heads.dim), width(heads.value_dim)) == 64:
         more = {"consumers": 3, "registers": 152, "other_registers": 56}
-        found.append(replace(default, **more if _consumers(default) == 2 else {"consumers": 2}))  # type: ignore[arg-type]
+        found.append(replace(default, **more if _consumers(default) == 2 else {"consumers": 2}))
     return [config for config in dict.fromkeys(found) if config != default and valid(config, heads, page_size)]
