@@ -67,3 +67,34 @@ def attention(
     report.table(screen)
     for path in report.save(output, name or "attention-" + "-".join(chosen if len(chosen) < len(SUITES) else ("all",))):
         screen.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+@bench.command()
+@click.option("--causal", is_flag=True, help="Causal attention instead of full.")
+@click.option("--rounds", type=click.IntRange(1), help="Interleaved rounds; 15 on a GPU and 3 on a CPU unless given.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), help="float16 on a GPU, else bfloat16.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The GPU where there is one, unless given.")
+@click.option(
+    "--shapes", default=3, show_default=True, type=click.IntRange(1, 3), help="Only the first so many shapes."
+)
+@click.option(
+    "--output", default="benchmarks/results", show_default=True, type=click.Path(file_okay=False, path_type=Path)
+)
+def article(causal: bool, rounds: int | None, dtype: str | None, device: str | None, shapes: int, output: Path) -> None:
+    """Time what articles on attention kernels show: (batch, tokens) of (1, 1024), (4, 2048) and (8, 4096), 32 heads of
+    128, against naive PyTorch (the whole matrix of scores) and SDPA."""
+    import torch
+
+    from flashloom.bench.article import articles
+    from flashloom.bench.report import Report
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    screen, rows = console(), []
+    with screen.status("") as status:
+        for one in articles(device, getattr(torch, dtype) if dtype else None, causal)[:shapes]:
+            status.update(one.name)
+            rows.append(one.row(rounds or (15 if device == "cuda" else 3)))
+    report = Report(rows, title="three shapes against naive PyTorch")
+    report.table(screen)
+    for path in report.save(output, f"article_{device}{'_causal' if causal else ''}"):
+        screen.print(f"wrote {path}", highlight=False, soft_wrap=True)

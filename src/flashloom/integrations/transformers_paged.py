@@ -101,7 +101,8 @@ def paged_attention(
         layout = step.groups[group] = Layout(batch, VARIANTS.get(("paged", window), lambda: _posed(window)))
     variant = layout.posed.with_logits(softcap, s_aux)
     heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    scaling = module.scaling if scaling is None else scaling
+    if scaling is None:
+        scaling = float(module.scaling)  # type: ignore[arg-type]
     plan = layout.plan(heads, query.dtype, kv[0].dtype, scaling, query.device, variant)
     return plan.run(query[0].transpose(0, 1), kv, variant=variant)[None], None
 

@@ -68,12 +68,12 @@ class Layout:
         self.batch, self.posed = batch, posed
         self._plans: dict[tuple, fl.Plan] = {}
         longest, requests = batch.max_q_len, batch.requests
-        self._size = (batch.kind, 0 if batch.kind == "dense" else batch.page_size, min(longest.bit_length(), 8))
-        self._size += (requests.bit_length(),)
+        page_size = 0 if batch.kind == "dense" else batch.page_size
+        self._size = (batch.kind, page_size, min(longest.bit_length(), 8), requests.bit_length())
         weakref.finalize(self, _give, self._plans)
 
     def plan(
-        self, heads: tuple[int, ...], dtype: torch.dtype, kv_dtype: torch.dtype, scale: float | None,
+        self, heads: tuple[int, int, int, int], dtype: torch.dtype, kv_dtype: torch.dtype, scale: float | None,
         device: torch.device, variant: fl.Variant,
     ) -> fl.Plan:  # fmt: skip
         """The plan of this batch for layers of these heads (q_heads, kv_heads, dim, value_dim) and a variant of this
