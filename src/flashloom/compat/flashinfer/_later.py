@@ -41,8 +41,8 @@ TABLE = {
     "kda": "RecurrentKDAPrefillWrapper recurrent_kda",
     "mamba": "selective_state_update",
     "mla": "BatchMLAPagedAttentionWrapper trtllm_batch_decode_with_kv_cache_mla",
-    "norm": "fused_add_rmsnorm fused_add_rmsnorm_quant fused_qk_rmsnorm_rope fused_rmsnorm_silu gemma_fused_add_rmsnorm "
-    "gemma_rmsnorm layernorm layernorm_quant rmsnorm rmsnorm_quant",
+    "norm": "fused_add_rmsnorm fused_add_rmsnorm_quant fused_qk_rmsnorm_rope fused_rmsnorm_silu "
+    "gemma_fused_add_rmsnorm gemma_rmsnorm layernorm layernorm_quant rmsnorm rmsnorm_quant",
     "page": "append_paged_mla_kv_cache nvfp4_quantize_append_paged_kv_cache "
     "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
     "prefill": "single_prefill_with_kv_cache_with_jit_module trtllm_batch_context_with_kv_cache trtllm_fmha_v2_prefill "

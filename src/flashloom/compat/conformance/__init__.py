@@ -1,0 +1,1 @@
+"""FlashInfer's own tests, run against flashloom: `python -m flashloom.compat.conformance CHECKOUT`."""
