@@ -1,5 +1,7 @@
 """Dense keys whose rows serve any request, and plans that follow them as they grow."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -41,3 +43,13 @@ def test_rows_are_checked():
         fl.DenseKV(2, 4, rows=[0])
     with pytest.raises(ValueError, match="-1"):
         fl.DenseKV(2, 4, rows=[0, -1])
+
+
+def test_a_plan_holds_no_keys_between_runs():
+    layer = fl.Attention(HEADS, dtype=torch.float32, layout="HND", device="cpu")
+    plan = layer.plan(fl.Batch(q_lens=[2], kv=fl.DenseKV(1, 9)))
+    k, v = keys(1, 9)
+    held = weakref.ref(k)
+    plan.run(torch.randn(2, 4, 16), (k, v))
+    del k, v
+    assert held() is None

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ class CpuExecutor:
         self._k_stride: tuple[int, ...] | None = None
         self._v_stride: tuple[int, ...] | None = None
         self._out_dtype: torch.dtype | None = None
-        self._kv: KV | None = None
+        self._kv: Callable[[], KV | None] = lambda: None
         self._has_lse = False
         self._options: tuple[float, bool] | None = None
         self._asked: Config | None = None
@@ -254,7 +255,7 @@ class CpuExecutor:
             self._out_stride, a.out_token, a.out_head = stride, stride[0], stride[1]
         if out.dtype is not self._out_dtype:
             self._out_dtype, a.out_type = out.dtype, OUT_TYPES[out.dtype]
-        if kv is not self._kv:
+        if kv is not self._kv():
             self._take(kv)
         if lse is not None:
             a.lse, (a.lse_token, a.lse_head) = lse.data_ptr(), lse.stride()
@@ -271,7 +272,7 @@ class CpuExecutor:
 
     def _take(self, kv: KV) -> None:
         a, k, v = self._args, kv.k, kv.v
-        self._kv = kv  # kept alive, so that the next call may compare identity
+        self._kv = weakref.ref(kv)  # a plan that waits for its next batch holds no cache
         a.k, a.v = k.data_ptr(), v.data_ptr()
         if (stride := k.stride()) != self._k_stride:
             self._k_stride, a.k_page, a.k_token, a.k_head = stride, *stride[:3]

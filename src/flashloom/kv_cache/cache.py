@@ -24,7 +24,7 @@ class KV:
     value_dim, inner stride 1, other strides free and independent; k_scale, v_scale float32 [1], [kv_heads], [pages,
     kv_heads] or None (1)."""
 
-    __slots__ = ("k", "k_scale", "layout", "signature", "v", "v_scale")
+    __slots__ = ("__weakref__", "k", "k_scale", "layout", "signature", "v", "v_scale")
 
     def __init__(
         self,
