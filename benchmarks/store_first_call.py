@@ -111,10 +111,10 @@ def main() -> None:
         raise SystemExit(built.stderr)
     packed = [first_call(asked.device, empty, pack, PATH="/nowhere", CXX="") for _ in range(3)]
     runs["pack, no compiler in PATH"] = min(packed, key=lambda run: run["decode_ms"])
-    shutil.rmtree(place)
     if asked.device == "cuda":
         bare = [first_call(asked.device, empty, pack, PATH="/nowhere", WITHOUT_TRITON="1") for _ in range(3)]
         runs["pack, no compiler, no Triton"] = min(bare, key=lambda run: run["decode_ms"])
+    shutil.rmtree(place)
     for name, run in runs.items():
         print(f"{name:28}", "  ".join(f"{key} {value}" for key, value in run.items()))
     summary = built.stdout.strip().splitlines()[-1].partition(": ")[2]

@@ -8,6 +8,7 @@ from tests.triton.test_gpu import BF16, G, _decode
 
 import flashloom as fl
 from flashloom import settings, store
+from flashloom.attention import library  # noqa: F401 - defines the operators
 from flashloom.attention.reference import attention_reference
 from flashloom.kernel import cuda
 from flashloom.kernel.resident import Resident

@@ -104,10 +104,13 @@ class Buffers:
 
 
 class Staging:
-    """Host values on their way to the device: pinned buffers in turn, each used again once its copy is done. An event
-    is recorded after every few turns, and waited for before the first of them comes again."""
+    """Host values on their way to the device: pinned buffers in turn, which the planner kernel reads where they are, or
+    a copy of them where they are many. An event is recorded after every few turns, and waited for before the first of
+    them comes again."""
 
-    TURNS, MARKED = 8, 4
+    TURNS, MARKED = 16, 8
+    # entries in all, and pages per request, up to which the kernel reads host memory: that takes less time than a copy
+    DIRECT, SHORT = 4096, 256
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -120,11 +123,10 @@ class Staging:
         self.starts = [h.data_ptr() for h in self.host]
         self.events = [torch.cuda.Event() for _ in range(self.TURNS // self.MARKED)]
         self.buffer = torch.empty(self.capacity, dtype=torch.int32, device=self.device)
-        self.start = self.buffer.data_ptr()
 
     def copy(self, batch: Batch, capacity: int) -> tuple[int, int, int, int]:
-        """Start the copy of q_indptr, kv_lens, page_indptr and pages; answers their addresses on the device."""
-        parts = (batch.q_indptr, batch.kv_lens, batch.page_indptr, batch.pages)
+        """Make q_indptr, kv_lens, page_indptr and pages readable for the next launch on the current stream; answers
+        their addresses."""
         n, pages = batch.requests, batch.pages.numel()
         entries = 3 * n + 2 + pages
         if entries > self.capacity:
@@ -132,14 +134,20 @@ class Staging:
                 torch.cuda.current_stream(self.device).synchronize()  # the old buffers may still be read
             self._reserve(max(entries, capacity))
         self.turn = turn = (self.turn + 1) % self.TURNS
-        event = self.events[turn // self.MARKED]
-        if turn % self.MARKED == 0 and not event.query():
-            event.synchronize()
-        to = self.starts[turn]
-        for part, number in zip(parts, (n + 1, n, n + 1, pages), strict=True):
-            ctypes.memmove(to, part.contiguous().data_ptr(), 4 * number)
-            to += 4 * number
-        cuda.copy_to_device(self.start, self.starts[turn], 4 * entries, self.device)
-        if turn % self.MARKED == self.MARKED - 1:
-            event.record(torch.cuda.current_stream(self.device))
-        return self.start, self.start + 4 * (n + 1), self.start + 4 * (2 * n + 1), self.start + 4 * (3 * n + 2)
+        if turn % self.MARKED == 0:
+            group = turn // self.MARKED
+            self.events[group - 1].record(torch.cuda.current_stream(self.device))
+            self.events[group].synchronize()
+        start = at = self.starts[turn]
+        for part, number in (
+            (batch.q_indptr, n + 1),
+            (batch.kv_lens, n),
+            (batch.page_indptr, n + 1),
+            (batch.pages, pages),
+        ):
+            ctypes.memmove(at, part.contiguous().data_ptr(), 4 * number)
+            at += 4 * number
+        if entries > self.DIRECT or pages > self.SHORT * n:
+            cuda.copy_to_device(self.buffer.data_ptr(), start, 4 * entries, self.device)
+            start = self.buffer.data_ptr()
+        return start, start + 4 * (n + 1), start + 4 * (2 * n + 1), start + 4 * (3 * n + 2)

@@ -98,9 +98,9 @@ class Function:
                     f"{entry.label}: {self.shared} B shared memory",
                 )
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # modules may be gone by then
         module = self.__dict__.get("module")
-        if module and not sys.is_finalizing() and not torch.cuda.is_current_stream_capturing():
+        if module and not finalizing() and not torch.cuda.is_current_stream_capturing():
             with torch.cuda.device(self.device):
                 torch.cuda.synchronize()
                 _driver().cuModuleUnload(module)
