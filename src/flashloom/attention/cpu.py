@@ -10,6 +10,7 @@ import ctypes
 import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -92,21 +93,25 @@ class _Spare:
 
     def __init__(self) -> None:
         self._free: list[np.ndarray] = []
+        self._returned: deque[np.ndarray] = deque(maxlen=self.KEPT)
         self._lock = threading.Lock()
 
     def take(self, size: int) -> np.ndarray:
         """A buffer of at least `size` bytes, whatever it holds."""
         with self._lock:
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            del self._free[: -self.KEPT]
             fits = [i for i, x in enumerate(self._free) if size <= x.nbytes <= 4 * size]
             if fits:
                 return self._free.pop(min(fits, key=lambda i: self._free[i].nbytes))
         return np.empty(size, dtype=np.uint8)
 
     def give(self, x: np.ndarray | None) -> None:
-        """Keep a buffer that nobody uses any more; the oldest one goes."""
+        """Keep a buffer that nobody uses any more; the oldest one goes. Takes no lock: garbage collection calls this
+        at any point, also within `take`."""
         if x is not None:
-            with self._lock:
-                self._free = [*self._free[-self.KEPT + 1 :], x]
+            self._returned.append(x)
 
     def give_all(self, buffers: dict[str, np.ndarray]) -> None:
         """Keep the pooled ones among a plan's buffers."""
