@@ -22,6 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Print the source that a variant compiles to, and the kernel chosen.",
     ),
     "pack": ("flashloom.commands.pack:pack", "Build kernels ahead into one file for machines that compile nothing."),
+    "tune": (
+        "flashloom.commands.tune:tune",
+        "Find the fastest configs for a model's shapes on this machine; keep them.",
+    ),
     "store": ("flashloom.commands.store:store", "Look into the kernel store, check it, make room."),
     "bench": ("flashloom.commands.bench:bench", "Time kernels against PyTorch, interleaved; save JSON and a plot."),
 }

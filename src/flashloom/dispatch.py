@@ -81,12 +81,14 @@ def kernels(spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int
     return found
 
 
-def kernels_of(spec: AttentionSpec, target: Target, backend: str, config: Any, page_size: int) -> list[Kernel]:
-    """The kernels that plans with this config of a backend take from the store on a target. Raises ValueError for a
-    backend without kernels there."""
+def kernels_of(
+    spec: AttentionSpec, target: Target, backend: str, config: Any, page_size: int, trial: bool = False
+) -> list[Kernel]:
+    """The kernels that plans with this config of a backend take from the store on a target; trial: those of the tuner,
+    whose tensors are aligned. Raises ValueError for a backend without kernels there."""
     for executor in map(_find, ATTENTION["cpu" if target.is_cpu else "cuda"]):
         if executor.name == backend and hasattr(executor, "kernels_of"):
-            return executor.kernels_of(spec, target, config, page_size)
+            return executor.kernels_of(spec, target, config, page_size, trial)
     raise ValueError(f"no backend {backend!r} has kernels on {target}")
 
 

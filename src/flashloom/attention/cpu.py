@@ -169,7 +169,9 @@ class CpuExecutor:
         return [] if cls.refuses(spec, torch.device("cpu")) else [kernel(spec, target)]
 
     @classmethod
-    def kernels_of(cls, spec: AttentionSpec, target: Target, config: Config, page_size: int) -> list[cpp.CppKernel]:
+    def kernels_of(
+        cls, spec: AttentionSpec, target: Target, config: Config, page_size: int, trial: bool = False
+    ) -> list[cpp.CppKernel]:
         """What plans with this config need on a target."""
         return [kernel(spec, target, config)]
 

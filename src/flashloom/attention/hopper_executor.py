@@ -119,7 +119,9 @@ class HopperExecutor(TritonExecutor):
         ]
 
     @classmethod
-    def kernels_of(cls, spec: AttentionSpec, target: Target, config: Any, page_size: int) -> list[TritonKernel]:
+    def kernels_of(
+        cls, spec: AttentionSpec, target: Target, config: Any, page_size: int, trial: bool = False
+    ) -> list[TritonKernel]:
         """What plans with this config need on a target."""
         return [
             asked.plan_kernel(spec, config, page_size > 0, target),

@@ -102,6 +102,8 @@ class TritonExecutor:
     def _build(self) -> None:
         """All kernels that runs of this plan can meet, compiled side by side."""
         forms = self._forms(self.spec) if self._gpu else [Form(self.spec.out_dtype)]
+        if getattr(self.tuned, "trial", False):  # for the tuner's own inputs, which are aligned
+            forms = forms[:1]
         asked_for = [asked.plan_kernel(self.spec, self.config, self._paged, self.target), *map(self._asked, forms)]
         with ThreadPoolExecutor(4) as pool:
             self._planner, *made = pool.map(lambda kernel: launch.launcher(kernel, self.device), asked_for)
@@ -132,9 +134,11 @@ class TritonExecutor:
         return found
 
     @classmethod
-    def kernels_of(cls, spec: AttentionSpec, target: Target, config: Any, page_size: int) -> list[TritonKernel]:
-        """What plans with this config need on a target."""
-        forms = cls._forms(spec)
+    def kernels_of(
+        cls, spec: AttentionSpec, target: Target, config: Any, page_size: int, trial: bool = False
+    ) -> list[TritonKernel]:
+        """What plans with this config need on a target; trial: those of the tuner."""
+        forms = cls._forms(spec)[: 1 if trial else None]
         planner = asked.plan_kernel(spec, config, page_size > 0, target)
         return [planner, *(asked.attend_kernel(spec, form, config, page_size, target) for form in forms)]
 

@@ -38,6 +38,7 @@ __all__ = ["OPERATOR", "Asked", "Choice", "Facts", "Fixed", "candidates", "quest
 OPERATOR = "attention"
 CPU_SIZES = ("requests", "mean_q", "max_q", "mean_kv", "page_size", "threads")
 GPU_SIZES = ("requests", "mean_q", "max_q", "page_size")  # the lengths of keys are on the device: nobody reads them
+MOST = 48  # candidates of one key on a GPU
 _CONFIGS: dict[str, tuple[type, dict[str, tuple[int, ...]]]] = {
     "cpu": (cpu_config.Config, cpu_config.OFFERED),
     "triton": (triton_config.Config, triton_config.OFFERED),
@@ -159,6 +160,7 @@ class Asked:
             choice = self(batch)
             return choice.config if choice is not None and choice.backend == backend else None
 
+        tuned.trial = self.strict  # type: ignore[attr-defined]
         return tuned
 
 
@@ -271,12 +273,18 @@ def candidates(spec: AttentionSpec, device: torch.device, facts: Facts, default:
         found = [Choice("cpu", c) for c in cpu_config.candidates(rows, facts.mean_kv, spec.heads.kv_heads, tiles)]
     else:
         need = _need(spec, device, facts)
-        found = [Choice("triton", c) for c in (triton_config.choose(need), *triton_config.candidates(need))]
+        usual = {"triton": triton_config.choose(need)}
+        made = {"triton": triton_config.candidates(need)}
         if "hopper" in question(spec, device).fields["kernels"]:
-            usual = hopper_asked.choose(spec, facts.mean_q, facts.page_size)
-            made = hopper_offered.candidates(usual, spec.heads, facts.page_size)
-            found += [Choice("hopper", c) for c in (usual, *made)]
-        found.sort(key=lambda choice: _distance(choice, default))
+            chosen = usual["hopper"] = hopper_asked.choose(spec, facts.mean_q, facts.page_size)
+            made["hopper"] = hopper_offered.candidates(chosen, spec.heads, facts.page_size)
+        usual[default.backend] = default.config
+        far = {}
+        for backend, configs in made.items():
+            for config in (usual[backend], *configs):
+                away = _distance(config, usual[backend]) + (backend != default.backend)
+                far[Choice(backend, config)] = away
+        found = sorted(far, key=lambda choice: far[choice])[:MOST]
     kept = [c for c in dict.fromkeys(found) if c != default and valid(c, spec, device, facts)]
     return [c for c in kept if _is_offered(c)]
 
@@ -286,9 +294,7 @@ def _is_offered(choice: Choice) -> bool:
     return all(value in offered[name] for name, value in asdict(choice.config).items())
 
 
-def _distance(choice: Choice, default: Choice) -> int:
-    """Parameters in which two choices differ; another backend begins with its own default."""
-    if choice.backend != default.backend:
-        return 0 if choice.backend == "hopper" else 1
-    mine, other = asdict(choice.config), asdict(default.config)
+def _distance(config: Any, usual: Any) -> int:
+    """Parameters in which two configs of a backend differ."""
+    mine, other = asdict(config), asdict(usual)
     return sum(mine[name] != other[name] for name in mine)

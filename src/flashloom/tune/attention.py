@@ -193,7 +193,7 @@ class AttentionOperator:
         target = Target.here() if self.device.type == "cpu" else self._gpu()
         for config in configs:
             with suppress(ValueError):
-                kernels += dispatch.kernels_of(self._spec, target, config.backend, config.config, facts.page_size)
+                kernels += dispatch.kernels_of(self._spec, target, config.backend, config.config, facts.page_size, True)
 
         def build(kernel: Any) -> None:
             with suppress(Exception):  # the trial of the config says what is wrong with it

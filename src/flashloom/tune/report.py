@@ -9,7 +9,7 @@ from typing import Any
 from flashloom.records import Record
 from flashloom.store import digest
 
-__all__ = ["Outcome", "Report"]
+__all__ = ["Outcome", "Report", "short"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Report:
             times = {str(dict(t.config)): t.median_us for t in o.record.tried if t.median_us is not None}
             base = times.get(str(dict(o.record.default)))
             won = times.get(str(dict(o.record.config)))
-            config = _short(o.record) if o.record.tuned else "default"
+            config = short(o.record) if o.record.tuned else "default"
             ends = [f"{x:10.1f}" if x is not None else f"{'':>10}" for x in (base, won)]
             status = "" if o.status == "tuned" else f" ({o.status})"
             lines.append(f"{name:<44} {ends[0]} {ends[1]} {o.regret:6.1%}  {config}{status}")
@@ -94,7 +94,7 @@ class Report:
         return self.table()
 
 
-def _short(record: Record) -> str:
+def short(record: Record) -> str:
     """What differs from the default."""
     default = dict(record.default)
     if record.config.get("backend") != default.get("backend"):

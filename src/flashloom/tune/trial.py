@@ -17,9 +17,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -30,6 +31,9 @@ from flashloom.tune.operator import Config, Operator
 
 __all__ = ["Children", "Lost", "Markers", "try_here"]
 
+Task: TypeAlias = tuple[int, Config]
+Tried: TypeAlias = tuple[str, str]
+MOST_CHILDREN = 6
 CHILD_S = 300.0  # a candidate that takes longer than this is given up
 log = logging.getLogger("flashloom")
 
@@ -148,21 +152,36 @@ def _started(pid: int) -> str | None:
 
 
 class Children:
-    """Child processes that try candidates for this one."""
+    """Child processes that try candidates for this one. A task is (number of the job, candidate)."""
 
-    def __init__(self, operator: Operator, cases: Sequence[Any]) -> None:
-        """Raises TypeError when the operator cannot be sent to another process."""
+    def __init__(self, jobs: Sequence[tuple[Operator, Sequence[Any]]]) -> None:
+        """jobs: operators with their cases. Raises TypeError for what cannot be sent to another process."""
         try:
-            self._job = pickle.dumps((operator, list(cases)))
+            self._jobs = pickle.dumps([(operator, list(cases)) for operator, cases in jobs])
         except Exception as error:
-            raise TypeError(f"{type(operator).__name__} cannot be sent to a child process: {_line(error)}") from error
+            raise TypeError(f"it cannot be sent to a child process: {_line(error)}") from error
+        self._count = len(jobs)
+        cores = len(os.sched_getaffinity(0))
+        on_gpu = all(operator.device.type == "cuda" for operator, _ in jobs)
+        self._workers = min(MOST_CHILDREN, max(cores // 2, 1)) if on_gpu else 1  # to compile side by side
 
-    def try_all(
-        self, configs: Sequence[Config], progress: Callable[[], None], deadline: float
-    ) -> dict[Config, tuple[str, str]]:
-        """(status, note) of each candidate that was tried before the deadline; "slower" for a right result."""
-        found: dict[Config, tuple[str, str]] = {}
-        waiting, prepare = list(configs), True
+    def try_all(self, tasks: Sequence[Task], progress: Callable[[], None], deadline: float) -> dict[Task, Tried]:
+        """(status, note) of each task that was done before the deadline; "slower" for a right result. Raises TypeError
+        when the operators cannot be made in another process."""
+        workers = max(min(self._workers, len(tasks) // 2), 1)
+        each = max(workers // self._count, 1)  # children among which one job's candidates are dealt out
+        dealt: list[list[Task]] = [[] for _ in range(workers)]
+        seen: dict[int, int] = {}
+        for task in tasks:
+            seen[task[0]] = place = seen.get(task[0], -1) + 1
+            dealt[(task[0] * each + place % each) % workers].append(task)
+        with ThreadPoolExecutor(workers, "flashloom-children") as pool:
+            parts = pool.map(lambda mine: self._try(_in_turn(mine), progress, deadline), dealt)
+            return {task: found for part in parts for task, found in part.items()}
+
+    def _try(self, tasks: list[Task], progress: Callable[[], None], deadline: float) -> dict[Task, Tried]:
+        found: dict[Task, Tried] = {}
+        waiting, prepare = tasks, True
         while waiting and time.monotonic() < deadline:
             done, end = self._one_child(waiting, prepare, progress, deadline)
             found |= dict(zip(waiting, done))
@@ -176,8 +195,8 @@ class Children:
         return found
 
     def _one_child(
-        self, configs: Sequence[Config], prepare: bool, progress: Callable[[], None], deadline: float
-    ) -> tuple[list[tuple[str, str]], str | None]:
+        self, tasks: Sequence[Task], prepare: bool, progress: Callable[[], None], deadline: float
+    ) -> tuple[list[Tried], str | None]:
         """Results in order, and how the child ended: None when all were tried or time is up."""
         path = str(Path(flashloom.__file__).parents[1])
         inherited = os.environ.get("PYTHONPATH")
@@ -186,13 +205,13 @@ class Children:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert child.stdin
         assert child.stdout
-        done: list[tuple[str, str]] = []
+        done: list[Tried] = []
         try:
             with suppress(BrokenPipeError):
-                pickle.dump((self._job, list(configs), prepare, sys.path), child.stdin)
+                pickle.dump((self._jobs, list(tasks), prepare, sys.path), child.stdin)
                 child.stdin.close()
             lines = _Lines(child.stdout.fileno())
-            while len(done) < len(configs):
+            while len(done) < len(tasks):
                 line = lines.next(min(CHILD_S, max(deadline - time.monotonic(), 0.0)))
                 if line is None:
                     break
@@ -201,9 +220,9 @@ class Children:
                     raise TypeError(said["error"])
                 done.append((said["status"], said["note"]))
                 progress()
-            if len(done) == len(configs):
+            if len(done) == len(tasks):
                 return done, None
-            if line is None and not lines.ended:
+            if not lines.ended:
                 late = time.monotonic() >= deadline
                 return done, None if late else f"no result within {CHILD_S:.0f} s"
             return done, _ending(child.wait(10))
@@ -211,6 +230,16 @@ class Children:
             child.kill()
             child.wait()
             child.stdout.close()
+
+
+def _in_turn(tasks: Sequence[Task]) -> list[Task]:
+    """The first of every job, then the second of every job: whenever time ends, all have had their share."""
+    places: dict[int, int] = {}
+    order: list[tuple[int, int]] = []
+    for task in tasks:
+        places[task[0]] = place = places.get(task[0], -1) + 1
+        order.append((place, len(order)))
+    return [tasks[i] for _, i in sorted(order)]
 
 
 class _Lines:

@@ -132,9 +132,7 @@ def tune(
 
             tune_together(jobs, scope, start + seconds, options, bar, group, report)
         else:
-            for i, job in enumerate(jobs):
-                left = start + seconds - time.monotonic()
-                report.outcomes.append(tune_key(job, scope, time.monotonic() + left / (len(jobs) - i), options, bar))
+            report.outcomes += tune_keys(jobs, scope, start + seconds, options, bar)
     report.seconds = time.monotonic() - start
     return report
 
@@ -168,72 +166,146 @@ def known(job: Job, scope: Scope, options: Options) -> Record | None:
 
 def tune_key(job: Job, scope: Scope, deadline: float, options: Options, bar: Progress) -> Outcome:
     """Tune one key, unless it is known, and publish what was found."""
-    found = known(job, scope, options)
-    if found is not None:
-        bar.done(job, "known")
-        return Outcome(job.question.label, job.shapes, "known", found)
-    if time.monotonic() >= deadline:
-        return job.left("no time left")
-    try:
-        outcome = _search(job, scope, deadline, options, bar)
-    except NothingToTune as error:
-        return job.left(str(error))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return job.left(f"no memory for inputs: {str(error).splitlines()[0]}")
-    bar.done(job, outcome.status)
-    if outcome.record is not None:
-        scope.publish(outcome.record)
-    return outcome
+    return tune_keys([job], scope, deadline, options, bar)[0]
 
 
-def _search(job: Job, scope: Scope, deadline: float, options: Options, bar: Progress) -> Outcome:
-    operator, case = job.operator, job.cases[0]
-    default = operator.default(case)
-    together = [(each, operator.inputs(each)) for each in job.cases]
-    status, note, default_calls = try_here(operator, default, together)
-    if status != "slower":
-        return job.left(f"the default's own result is not right ({status}: {note})")
-
-    former = scope.record(job.question, job.bucket)
-    offered = [c for c in operator.candidates(case, default) if all(operator.valid(c, one) for one in job.cases)]
-    tried = _settled(former, offered, options)
-    waiting = [c for c in offered if c not in tried]
-    folder = scope.writable if isinstance(scope.writable, Folder) else None
-    markers = Markers(folder, job.question.key(job.bucket).request, job.question.operator)
-    trial_deadline = time.monotonic() + 0.7 * (deadline - time.monotonic())  # the rest is for the race
-    calls = {default: default_calls} | _tried_calls(
-        operator, waiting, together, markers, tried, trial_deadline, options, bar, job
-    )
-    untried = [c for c in waiting if c not in calls and c not in tried]
-
-    policy = options.policy or Policy.of(operator.device)
-    timer = Timer(operator.device, policy)
-    ready: dict[Config, list[Callable[[], object]]] = {}
-    for config, made in calls.items():
+def tune_keys(jobs: Sequence[Job], scope: Scope, deadline: float, options: Options, bar: Progress) -> list[Outcome]:
+    """Tune those keys that are not known, and publish each as soon as it is done. What is dangerous is tried first, for
+    all keys together; then each key has an even share of the time that is left."""
+    outcomes: dict[int, Outcome] = {}
+    searches: dict[int, _Search] = {}
+    for i, job in enumerate(jobs):
+        found = known(job, scope, options)
+        if found is not None:
+            outcomes[i] = Outcome(job.question.label, job.shapes, "known", found)
+        elif time.monotonic() >= deadline:
+            outcomes[i] = job.left("no time left")
+        else:
+            try:
+                searches[i] = _Search(job, scope, options)
+                continue
+            except NothingToTune as error:
+                outcomes[i] = job.left(str(error))
+        bar.done(job, outcomes[i].status)
+    _try_apart(list(searches.values()), bar, deadline)
+    for place, (i, search) in enumerate(searches.items()):
+        now = time.monotonic()
         try:
-            ready[config] = [timer.ready(call) for call in made]
-        except Exception as error:
-            if config == default:
-                raise
-            tried[config] = Tried(config.to_json(), "failed", note=f"while it was prepared for timing: {error}"[:200])
-    bar.say(job, f"timing {len(ready)} candidates")
-    figures, noise = race(timer, ready, default, bar.tick, deadline)
-    winner = _winner(operator, figures, default, noise, calls, together, tried)
-    for config, figure in figures.items():
-        if config not in tried:
-            won = "won" if config == winner else "slower"
-            tried[config] = Tried(config.to_json(), won, round(figure.median * 1e6, 3), round(figure.spread, 4))
-    record = Record(
-        job.question.operator, job.question.fields, job.question.toolchain, job.question.sizes, job.bucket,
-        winner.to_json(), default.to_json(),
-        speedup=1.0 if winner == default else round(1 / figures[winner].ratio, 4), noise=round(noise, 4),
-        tried=tuple(tried.values()), complete=not untried, shapes=job.shapes, policy=str(policy),
-        label=job.question.label, machine=_machine(operator.device),
-        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    )  # fmt: skip
-    markers.clear(list(tried))
-    note = f"{len(untried)} candidates untried" if untried else ""
-    return Outcome(job.question.label, job.shapes, "tuned", record, note)
+            outcomes[i] = search.run(now + (deadline - now) / (len(searches) - place), bar)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            outcomes[i] = jobs[i].left(f"no memory for inputs: {str(error).splitlines()[0]}")
+        bar.done(jobs[i], outcomes[i].status)
+        if outcomes[i].record is not None:
+            scope.publish(outcomes[i].record)  # type: ignore[arg-type]
+    return [outcomes[i] for i in range(len(jobs))]
+
+
+class _Search:
+    """The search for one key's config. Raises NothingToTune."""
+
+    def __init__(self, job: Job, scope: Scope, options: Options) -> None:
+        operator, case = job.operator, job.cases[0]
+        self.job, self.options = job, options
+        self.default = operator.default(case)
+        offered = [
+            c for c in operator.candidates(case, self.default) if all(operator.valid(c, one) for one in job.cases)
+        ]
+        self.tried = _settled(scope.record(job.question, job.bucket), offered, options)
+        self.waiting = [c for c in offered if c not in self.tried]
+        folder = scope.writable if isinstance(scope.writable, Folder) else None
+        self.markers = Markers(folder, job.question.key(job.bucket).request, job.question.operator)
+        suspects = self.markers.suspects(self.waiting)
+        self.apart = [c for c in self.waiting if options.isolate or c in suspects]
+        if options.isolate is None:
+            self.apart = [c for c in self.waiting if c in suspects or operator.dangerous(c)]
+        self.here = [c for c in self.waiting if c not in self.apart]
+
+    def came_back(self, config: Config, status: str, note: str) -> None:
+        """What became of a candidate in a child process."""
+        if status == "slower":
+            self.here.append(config)
+        else:
+            self.tried[config] = Tried(config.to_json(), status, note=note)
+
+    def run(self, deadline: float, bar: Progress) -> Outcome:
+        """Try what is left to try, time what is right, and answer the record."""
+        job, operator, default, tried = self.job, self.job.operator, self.default, self.tried
+        together = [(each, operator.inputs(each)) for each in job.cases]
+        status, note, default_calls = try_here(operator, default, together)
+        if status != "slower":
+            return job.left(f"the default's own result is not right ({status}: {note})")
+        trial_deadline = time.monotonic() + 0.7 * (deadline - time.monotonic())  # the rest is for the race
+        calls = {default: default_calls} | self._calls(together, trial_deadline, bar)
+        untried = [c for c in self.waiting if c not in calls and c not in tried]
+
+        policy = self.options.policy or Policy.of(operator.device)
+        timer = Timer(operator.device, policy)
+        ready: dict[Config, list[Callable[[], object]]] = {}
+        for config, made in calls.items():
+            try:
+                ready[config] = [timer.ready(call) for call in made]
+            except Exception as error:
+                if config == default:
+                    raise
+                tried[config] = Tried(config.to_json(), "failed", note=f"when it was made ready: {error}"[:200])
+        bar.say(job, f"timing {len(ready)} candidates")
+        figures, noise = race(timer, ready, default, bar.tick, deadline)
+        winner = _winner(operator, figures, default, noise, calls, together, tried)
+        for config, figure in figures.items():
+            if config not in tried:
+                won = "won" if config == winner else "slower"
+                tried[config] = Tried(config.to_json(), won, round(figure.median * 1e6, 3), round(figure.spread, 4))
+        record = Record(
+            job.question.operator, job.question.fields, job.question.toolchain, job.question.sizes, job.bucket,
+            winner.to_json(), default.to_json(),
+            speedup=1.0 if winner == default else round(1 / figures[winner].ratio, 4), noise=round(noise, 4),
+            tried=tuple(tried.values()), complete=not untried, shapes=job.shapes, policy=str(policy),
+            label=job.question.label, machine=_machine(operator.device),
+            date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )  # fmt: skip
+        self.markers.clear(list(tried))
+        note = f"{len(untried)} candidates untried" if untried else ""
+        return Outcome(job.question.label, job.shapes, "tuned", record, note)
+
+    def _calls(
+        self, together: Sequence[tuple[Any, Any]], deadline: float, bar: Progress
+    ) -> dict[Config, list[Callable[[], object]]]:
+        """Calls of the candidates whose results are right; what became of the others is added to `tried`."""
+        operator = self.job.operator
+        calls: dict[Config, list[Callable[[], object]]] = {}
+        bar.say(self.job, f"trying {len(self.here)} candidates")
+        fresh = [config for config in self.here if config not in self.apart]
+        if fresh and math.isinf(deadline):
+            operator.prepare(fresh, together[0][0])
+        for i, config in enumerate(self.here):
+            if time.monotonic() >= deadline and i:
+                break
+            with self.markers.trying(config):
+                status, note, made = try_here(operator, config, together)
+            if made:
+                calls[config] = made
+            else:
+                self.tried[config] = Tried(config.to_json(), status, note=note)
+            bar.tick()
+        return calls
+
+
+def _try_apart(searches: Sequence[_Search], bar: Progress, deadline: float) -> None:
+    """Try in child processes what must not be tried here first; at most for two thirds of the time."""
+    searches = [search for search in searches if search.apart]
+    if not searches:
+        return
+    tasks = [(i, config) for i, search in enumerate(searches) for config in search.apart]
+    bar.say(searches[0].job, f"trying {len(tasks)} candidates in child processes")
+    now = time.monotonic()
+    try:
+        children = Children([(search.job.operator, search.job.cases) for search in searches])
+        found = children.try_all(tasks, bar.tick, now + (deadline - now) * 2 / 3)
+    except TypeError as error:
+        log.warning("flashloom: candidates that may end the process are left out: %s", error)
+        found = {task: ("skipped", str(error)) for task in tasks}
+    for (i, config), (status, note) in found.items():
+        searches[i].came_back(config, status, note)
 
 
 def _settled(former: Record | None, offered: Sequence[Config], options: Options) -> dict[Config, Tried]:
@@ -248,45 +320,6 @@ def _settled(former: Record | None, offered: Sequence[Config], options: Options)
         if one is not None and (one.status == "killed" or (not options.again and one.status in (*FINAL, *lost))):
             settled[config] = one
     return settled
-
-
-def _tried_calls(
-    operator: Operator, waiting: Sequence[Config], together: Sequence[tuple[Any, Any]], markers: Markers,
-    tried: dict[Config, Tried], deadline: float, options: Options, bar: Progress, job: Job,
-) -> dict[Config, list[Callable[[], object]]]:  # fmt: skip
-    """Calls of the candidates whose results are right; what became of the others is added to `tried`."""
-    suspects = markers.suspects(waiting)
-    apart = [c for c in waiting if options.isolate or c in suspects]
-    if options.isolate is None:
-        apart = [c for c in waiting if c in suspects or operator.dangerous(c)]
-    here = [c for c in waiting if c not in apart]
-    if apart:
-        bar.say(job, f"trying {len(apart)} candidates in a child process")
-        try:
-            found = Children(operator, job.cases).try_all(apart, bar.tick, deadline)
-        except TypeError as error:
-            found = {config: ("skipped", str(error)) for config in apart}
-        for config, (status, note) in found.items():
-            if status == "slower":
-                here.append(config)
-            else:
-                tried[config] = Tried(config.to_json(), status, note=note)
-    calls: dict[Config, list[Callable[[], object]]] = {}
-    bar.say(job, f"trying {len(here)} candidates")
-    fresh = [config for config in here if config not in apart]
-    for i, config in enumerate(here):
-        if time.monotonic() >= deadline and i:
-            break
-        if fresh and config == fresh[0] and math.isinf(deadline):
-            operator.prepare(fresh, together[0][0])
-        with markers.trying(config):
-            status, note, made = try_here(operator, config, together)
-        if made:
-            calls[config] = made
-        else:
-            tried[config] = Tried(config.to_json(), status, note=note)
-        bar.tick()
-    return calls
 
 
 def _winner(
