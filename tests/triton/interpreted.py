@@ -1,6 +1,8 @@
 """The kernels in Triton's interpreter against the definition; `test_interpreted.py` runs this file with
 TRITON_INTERPRET=1."""
 
+import heapq
+
 import pytest
 import torch
 from tests.triton.cases import BF16, CASES, E4M3, E5M2, F32, I8, check
@@ -39,3 +41,41 @@ def test_append_against_reference(cache_dtype, layout):
         write(cache[0], k, v, slots)
     for a, b in ((caches[0][0].k, caches[1][0].k), (caches[0][0].v, caches[1][0].v)):
         assert torch.equal(a.float(), b.float())
+
+
+SKEWED = {
+    "one long": ([1] * 16, [65536] + [1024] * 15),
+    "some long": ([1] * 64, [16384] * 4 + [1024] * 60),
+    "random": ([1] * 40, torch.randint(1, 20000, (40,), generator=torch.Generator().manual_seed(3)).tolist()),
+}
+
+
+@pytest.mark.parametrize("name", SKEWED)
+def test_skewed_batches_are_cut_within_ten_percent_of_even(name, monkeypatch):
+    """The planner's items, taken in their order by the programs of 132 multiprocessors as each becomes free. Programs
+    of one multiprocessor share its bandwidth, so what counts is its work."""
+    monkeypatch.setitem(dispatch.ATTENTION, "cpu", ["flashloom.attention.triton_executor:TritonExecutor"])
+    q_lens, kv_lens = SKEWED[name]
+    heads, page = fl.HeadShape(32, 8, 128), 1024
+    used = [-(-n // page) for n in kv_lens]
+    indptr = torch.tensor([0, *used]).cumsum(0)
+    kv = fl.PageTable.from_csr(
+        indptr, list(range(int(indptr[-1]))), [(n - 1) % page + 1 for n in kv_lens], page_size=page
+    )
+    plan = fl.Attention(heads, variant=fl.causal, dtype=BF16, device="cpu").plan(fl.Batch(q_lens=q_lens, kv=kv))
+    executor = plan._executor
+    executor._programs = 132 * executor.config.resident
+    executor._grow(plan.batch)
+    executor.update(plan.batch)
+    items = executor._buffers.views["items"].view(-1, 16)
+    live = items[items[:, 0] >= 0]
+    assert int((live[:, 7] - live[:, 6]).sum()) == sum(kv_lens), "keys are missing or walked twice"
+    tiles = [-(-int(hi - lo) // executor.config.block_n) for lo, hi in live[:, 6:8]]
+    free, work = [(0, program) for program in range(executor._programs)], [0] * 132
+    for size in tiles:
+        for _ in range(heads.kv_heads):
+            start, program = free[0]
+            heapq.heapreplace(free, (start + size, program))
+            work[program % 132] += size
+    even = sum(tiles) * heads.kv_heads / 132
+    assert max(work) <= 1.1 * even + 1, f"{max(work)} tiles where {even:.1f} would be even"  # no cut within a tile

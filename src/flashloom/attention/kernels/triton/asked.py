@@ -150,8 +150,8 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     return TritonKernel(source, signature, constants, aligned, target, config.num_warps, config.num_stages)
 
 
-def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target) -> TritonKernel:
-    """The planner kernel that goes with an attention kernel."""
+def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target, light: int = 0) -> TritonKernel:
+    """The planner kernel that goes with an attention kernel; requests of at most `light` packed rows come first."""
     pointers = ("q_indptr", "kv_lens", "page_indptr", "table", "items", "pages", "scratch", "error")
     signature: dict[str, Any] = dict.fromkeys(pointers, "*i32")
     signature |= {name: "fp32" if name == "merge_ratio" else "i32" for name in PLAN_NUMBERS}
@@ -161,6 +161,7 @@ def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "PAGED": paged,
+        "LIGHT": light,
     }
     return TritonKernel(Source(f"{KERNELS}.plan", "plan"), signature, constants, ("items", "scratch"), target, 4, 1)
 

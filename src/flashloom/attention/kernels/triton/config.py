@@ -173,7 +173,7 @@ def choose(need: Need) -> Config:
     elif wide > 128 or rows > 16:
         config = Config(rows, 64 if wide <= 128 else 32, 4, 3, 2)
     elif need.kv_bytes == 1:
-        config = Config(rows, 128, 4, 3, 2)
+        config = Config(rows, 128, 4, 3, 2) if need.pairs >= PAIRS[1] else Config(rows, 128, 4, 4, 1)
     elif need.pairs >= PAIRS[2]:
         config = Config(rows, 128, 4, 2, 3)
     else:

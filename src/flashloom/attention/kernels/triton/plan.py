@@ -1,11 +1,12 @@
 """The work partition of a batch, made on the device: which program of `attend.py` takes which rows and keys.
 
 Every block of BLOCK_M packed query rows walks its request's keys in tiles of BLOCK_N. The total of tiles over the
-programs that run at a time
-gives the longest range one item may have; a longer walk is cut into equal ranges. With `fixed_tiles` the cut depends on
-the request alone.
-Items come longest first, and within a request the last rows first (under a causal mask they take longest). The kernel
-reads the caller's
+programs that run at a time gives the length of a range; a longer walk is cut into ranges of it and a shorter last one.
+With `fixed_tiles` the cut depends on the request alone.
+Items come longest first, and within a request the last rows first (under a causal mask they take longest); with LIGHT,
+those of requests
+with so few rows, which wait for memory, come before all others, so that a kernel can take from both kinds in turn. The
+kernel reads the caller's
 tensors and writes the plan's buffers, among them a compact copy of the page table, so it can be captured in a graph and
 replayed.
 """
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(128)
+SLACK = tl.constexpr(0.07)  # of a range: what a walk may have beyond its last one without another cut
 SORTED = tl.constexpr(512)  # requests up to which items are ordered by length; the ranking is quadratic
 
 
@@ -28,15 +30,18 @@ def request_shape(request, ok, q_indptr, kv_lens, GROUP: tl.constexpr, BLOCK_M: 
 
 @triton.jit
 def ranges(tiles, blocks, limit, fixed_tiles, merge_ratio):
-    """Into how many ranges of how many tiles a walk of `tiles` is cut: at most `limit` tiles each, and no more ranges
-    than merging is worth.
+    """Into how many ranges of how many tiles a walk of `tiles` is cut: `limit` tiles each, the last one shorter, so
+    that the shorter walks fill the other programs evenly; and no more ranges than merging is worth. A walk a little
+    longer than the limit is not cut for that.
 
     With fixed cuts only requests of one block are cut.
     """
     limit = tl.where((fixed_tiles > 0) & (blocks > 1), 1 << 30, limit)
     worth = tl.ceil(tl.sqrt(tiles.to(tl.float32) * merge_ratio)).to(tl.int32)
-    pieces = tl.maximum(tl.minimum(tl.cdiv(tiles, limit), worth), 1)
+    wanted = tl.ceil(tiles.to(tl.float32) / limit.to(tl.float32) - SLACK).to(tl.int32)
+    pieces = tl.maximum(tl.minimum(wanted, worth), 1)
     size = tl.maximum(tl.cdiv(tiles, pieces), 1)
+    size = tl.where(pieces > 1, tl.maximum(size, limit), size)
     return tl.maximum(tl.cdiv(tiles, size), 1), size
 
 
@@ -45,7 +50,7 @@ def plan(
     q_indptr, kv_lens, page_indptr, table, items, pages, scratch, error,
     requests, stride, max_items, max_tokens, max_pages, page_size, programs, min_tiles, fixed_tiles, merge_ratio,
     item_programs, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGED: tl.constexpr,
+    PAGED: tl.constexpr, LIGHT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (item_programs + (reserved requests if PAGED),). The first write 128 items each, the others copy one
     request's page numbers.
@@ -93,6 +98,7 @@ def plan(
     block_end = 0
     key_end = 0
     page_end = 0
+    light_end = 0
     for start in range(0, requests, BLOCK):
         request = start + lane
         ok = request < requests
@@ -110,6 +116,7 @@ def plan(
         if requests > SORTED:
             tl.store(at, item_end + tl.cumsum(count, 0) - count, mask=ok)
         item_end += tl.sum(count, 0)
+        light_end += tl.sum(tl.where(q_len * GROUP <= LIGHT, count, 0), 0)
         slot_end += tl.sum(split, 0)
         block_end += tl.sum(blocks, 0)
         key_end += tl.sum(kv_len, 0)
@@ -131,6 +138,10 @@ def plan(
                 before = (other_size[None, :] > size[:, None]) | (
                     (other_size[None, :] == size[:, None]) & (other[None, :] < request[:, None])
                 )
+                if LIGHT > 0:
+                    light = (q_len * GROUP <= LIGHT)[:, None]
+                    other_light = (_q * GROUP <= LIGHT)[None, :]
+                    before = (other_light & (light == 0)) | ((other_light == light) & before)
                 offset += tl.sum(tl.where(before & there[None, :], (other_blocks * other_pieces)[None, :], 0), 1)
             tl.store(scratch + request, offset, mask=ok)
 
@@ -195,4 +206,7 @@ def plan(
     tl.store(to + 10, pieces, mask=fits)
     tl.store(to + 11, split, mask=fits)
     tl.store(to + 12, tl.load(scratch + 2 * stride + owner, mask=live, other=0) + block * pieces, mask=fits)
+    if LIGHT > 0:
+        tl.store(to + 14, item_end, mask=fits)
+        tl.store(to + 15, tl.where(requests <= SORTED, light_end, 0), mask=fits)
     tl.store(to + 13, tl.load(scratch + 3 * stride + owner, mask=live, other=0) + block, mask=fits)
