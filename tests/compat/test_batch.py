@@ -439,3 +439,12 @@ def test_errors_and_small_print():
     close(wrapper.run(case.q, case.kv, out=out), case.want(causal=True)[0], 2e-3)
     prefill(case, wrapper, causal=True, o_data_type=torch.float8_e4m3fn)
     close(wrapper.run(case.q, case.kv).float(), case.want(causal=True)[0], 0.1)
+
+
+def test_masks_in_wrappers_of_their_own():
+    """Other numbers of requests with a mask: nothing of a former wrapper's mask is left."""
+    for kv_lens, q_lens in (([9, 4], [3, 4]), (KV_LENS, Q_LENS)):
+        case = Case(kv_lens, q_lens)
+        masks = [torch.rand(a, b) > 0.3 for a, b in zip(q_lens, kv_lens)]
+        wrapper = prefill(case, custom_mask=torch.cat([m.reshape(-1) for m in masks]))
+        close(wrapper.run(case.q, case.kv), case.want(masks=masks)[0])

@@ -96,6 +96,11 @@ def pytest_runtest_protocol(item: Any) -> bool | None:
     return None
 
 
+def pytest_runtest_teardown(item: Any) -> None:
+    if item.config.getoption("--on") == "cuda" and torch.cuda.memory_reserved() > 4 << 30:
+        torch.cuda.empty_cache()  # other processes use the same GPU
+
+
 def pytest_runtest_logreport(report: Any) -> None:
     name = re.sub(r"^.*?tests/", "", report.nodeid)
     if report.when == "call" or (report.outcome != "passed" and name not in _run.outcomes):

@@ -41,14 +41,26 @@ class Form:
 
 
 def attention(form: Form, variant: fl.Variant, device: torch.device) -> Attention:
-    """The Attention of a form and a variant's expression; its numbers come with each run."""
+    """The Attention of a form and a variant's expression; its numbers come with each run. One that holds a batch's own
+    tensors, such as masks, is not kept."""
+    if any(param.kind in ("request", "query", "key") for param in variant.program.params):
+        return _attention(form, variant, device)
     key = (form, variant.program.digest, device)
     with _lock:
         found = _attentions.get(key)
         if found is not None:
             _attentions.move_to_end(key)
             return found
-    made = Attention(
+    made = _attention(form, variant, device)
+    with _lock:
+        _attentions[key] = made
+        if len(_attentions) > ATTENTIONS_KEPT:
+            _attentions.popitem(last=False)
+    return made
+
+
+def _attention(form: Form, variant: fl.Variant, device: torch.device) -> Attention:
+    return Attention(
         form.heads,
         variant=variant,
         dtype=form.q_dtype,
@@ -56,11 +68,6 @@ def attention(form: Form, variant: fl.Variant, device: torch.device) -> Attentio
         batch_invariant=form.batch_invariant,
         device=device,
     )
-    with _lock:
-        _attentions[key] = made
-        if len(_attentions) > ATTENTIONS_KEPT:
-            _attentions.popitem(last=False)
-    return made
 
 
 def scale_tensor(value: Any, device: torch.device) -> torch.Tensor | None:
