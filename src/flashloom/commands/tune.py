@@ -97,7 +97,7 @@ def _work(model: str, device: str, given: dict[str, Any]):
     import torch
 
     import flashloom as fl
-    from flashloom.bench.workloads import MODELS, decode, prefill
+    from flashloom.bench.workloads import MODELS, decode, prefill, workloads
     from flashloom.serving import attentions, model_config
 
     dtype = getattr(torch, given["dtype"]) if given["dtype"] else None
@@ -106,7 +106,7 @@ def _work(model: str, device: str, given: dict[str, Any]):
     for one in made:
         attention = fl.Attention(one.heads, variant=one.variant, dtype=one.dtype, kv_dtype=one.kv_dtype, device=device)
         if model in MODELS and given["tensor_parallel"] == 1:
-            cases = fl.workloads(model, given["phase"], page_size=given["page_size"])
+            cases = workloads(model, given["phase"], page_size=given["page_size"])
         else:
             heads, size = one.heads, given["page_size"]
             found = [prefill(heads, s) for s in (1024, 2048, 4096)]

@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,15 +175,18 @@ def tune_keys(jobs: Sequence[Job], scope: Scope, deadline: float, options: Optio
     all keys together; then each key has an even share of the time that is left."""
     outcomes: dict[int, Outcome] = {}
     searches: dict[int, _Search] = {}
+    open_ = [job for job in jobs if known(job, scope, options) is None and time.monotonic() < deadline]
+    with ThreadPoolExecutor(8, "flashloom-tune") as pool:  # defaults are compiled side by side
+        begun = {job.name: pool.submit(_Search, job, scope, options) for job in open_}
     for i, job in enumerate(jobs):
         found = known(job, scope, options)
         if found is not None:
             outcomes[i] = Outcome(job.question.label, job.shapes, "known", found)
-        elif time.monotonic() >= deadline:
+        elif job.name not in begun:
             outcomes[i] = job.left("no time left")
         else:
             try:
-                searches[i] = _Search(job, scope, options)
+                searches[i] = begun[job.name].result()
                 continue
             except NothingToTune as error:
                 outcomes[i] = job.left(str(error))
