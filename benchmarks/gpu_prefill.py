@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from benchmarks import flashinfer_prefill
 from tests.triton.cases import BF16, F16, Case, H, alibi, causal, check, gemma, holes, sinks, window
 
 import flashloom as fl
@@ -31,6 +32,7 @@ from flashloom.attention.triton_executor import TritonExecutor
 from flashloom.target import Target
 
 ROUNDS, LIMIT = 11, 150
+Q_STAGES = config.q_stages
 G, M = H(32, 8, 128), H(16, 16, 128)
 
 
@@ -88,11 +90,7 @@ CHECKS = {
 
 # other ways to run the kernel, timed beside the default one, by the rows they are tried on
 TRIED: dict[str, dict[str, dict]] = {
-    "narrow": {
-        "2 consumers": {"consumers": 2, "registers": 232, "other_registers": 40},
-        "64 keys": {"block_n": 64, "box": 64, "registers": 152, "other_registers": 56},
-        "3 stages": {"stages": 3},
-    },
+    "64 of 100-8000": {"one q": {"q_stages": 1}},
 }
 SHAPES = [(16, 1024), (4, 4096), (1, 16384)]
 
@@ -115,7 +113,8 @@ def _rows() -> list[dict]:
                     rows.append(_row("paged", [s] * b, [s] * b, heads, variant, 16))
     for kind, dim in (("narrow", 64), ("wide", 256)):
         rows += [_row(kind, [4096] * 4, [4096] * 4, H(16, 16, dim), v) for v in ("causal", "full")]
-    rows += [_row(v, [4096] * 4, [4096] * 4, G, v) for v in ("alibi", "softcap")]
+    rows += [_row(v, [4096] * 4, [4096] * 4, G, v) for v in ("alibi", "softcap", "documents")]
+    rows += [_row("pages", [4096] * 4, [4096] * 4, G, "causal", page) for page in (1, 4, 8, 64)]
     mixed = [int(x) for x in torch.linspace(100, 8000, 64)]
     rows.append(_row("64 of 100-8000", mixed, mixed, G, "causal"))
     for q, n, kv in ((32, 8, 4096), (16, 32, 2048), (512, 1, 16384), (128, 1, 32768), (2048, 1, 2048), (256, 4, 1024)):
@@ -138,6 +137,8 @@ def _rows() -> list[dict]:
 def _variant(name: str, heads: fl.HeadShape, device: str) -> fl.Variant:
     if name == "alibi":
         return fl.alibi(fl.alibi_slopes(heads.q_heads).to(device)) & fl.causal
+    if name == "documents":  # of 1000 tokens
+        return fl.causal & fl.document_mask((torch.arange(16384, device=device) // 1000).to(torch.int32))
     return {"causal": fl.causal, "full": fl.full, "softcap": fl.causal & fl.softcap(30.0)}[name]
 
 
@@ -154,8 +155,8 @@ def _compile(number: int) -> float:
     program = variant.program.specialise(heads.dim, heads.value_dim)
     spec = AttentionSpec(heads, program, dtype, dtype)
     chosen = asked.choose(spec, mean, page)
-    config.RING = changes.get("ring", 1)
-    chosen = replace(chosen, **{n: x for n, x in changes.items() if n != "ring"})
+    config.q_stages = (lambda *_: changes["q_stages"]) if "q_stages" in changes else Q_STAGES
+    chosen = replace(chosen, **{n: x for n, x in changes.items() if n != "q_stages"})
     target = Target("sm90")
     asked.plan_kernel(spec, chosen, page > 0, target).entry()
     asked.attend_kernel(spec, asked.Form(dtype, negative), chosen, page, target).entry()
@@ -172,7 +173,7 @@ def _jobs() -> list[tuple]:
         variant = case.variant(case, "cpu") if case.variant else fl.full
         mean = -(-sum(case.q_lens) // len(case.q_lens))
         page = case.page_size if case.kind == "paged" else 0
-        job = (case.heads, case.dtype, variant, page, (case.sm_scale or 1) < 0, mean, {})
+        job: tuple = (case.heads, case.dtype, variant, page, (case.sm_scale or 1) < 0, mean, {})
         jobs[f"{job[:2]}{variant.program.digest}{job[3:5]}{mean >= 256}"] = job
     for row in _rows():
         heads, variant, page = row["heads"], _variant(row["variant"], row["heads"], "cpu"), row["page"]
@@ -242,28 +243,29 @@ def _plan(row: dict, changes: dict | None = None, executor: str = "hopper"):
     """(replay of a run, its out) of flashloom for a row."""
     heads, page = row["heads"], row["page"]
     q, k, v = row["inputs"]
-    saved = config.choose, config.RING
+    saved = config.choose, config.q_stages
     changes = changes or {}
     try:
-        config.RING = changes.get("ring", config.RING)
-        rest = {n: x for n, x in changes.items() if n != "ring"}
+        if "q_stages" in changes:
+            config.q_stages = lambda *_: changes["q_stages"]
+        rest = {n: x for n, x in changes.items() if n != "q_stages"}
         config.choose = lambda *a: replace(saved[0](*a), **rest)
         if page:
             needs = [-(-n // page) for n in row["kv"]]
-            order = torch.randperm(sum(needs)).int()
-            starts = torch.tensor([0, *needs]).cumsum(0).int()
-            kv = fl.PageTable.from_csr(starts, order, [n - (m - 1) * page for n, m in zip(row["kv"], needs)],
+            if "order" not in row:
+                shape = (sum(needs), page, heads.kv_heads, heads.dim)
+                row["order"] = torch.randperm(sum(needs)).int()
+                row["parts"] = tuple(torch.randn(shape, device="cuda", dtype=BF16) for _ in "kv")
+            starts, parts = torch.tensor([0, *needs]).cumsum(0).int(), row["parts"]
+            kv = fl.PageTable.from_csr(starts, row["order"], [n - (m - 1) * page for n, m in zip(row["kv"], needs)],
                                        page_size=page)  # fmt: skip
-            parts = tuple(
-                torch.randn(sum(needs), page, heads.kv_heads, heads.dim, device="cuda", dtype=BF16) for _ in "kv"
-            )
         else:
             kv, parts = fl.RaggedKV(row["kv"]), (k, v)
         with dispatch.only(executor):
             attn = fl.Attention(heads, variant=_variant(row["variant"], heads, "cuda"), dtype=BF16, device="cuda")
             plan = attn.plan(fl.Batch(row["q"], kv=kv))
     finally:
-        config.choose, config.RING = saved
+        config.choose, config.q_stages = saved
     out = torch.full_like(q, float("nan"))
     replay = _graph(lambda: plan.run(q, parts, out=out))
     return (lambda: (replay(), plan, parts)[0]), out
@@ -289,10 +291,34 @@ def _sdpa(row: dict, backend) -> Callable[[], None] | None:
         return None
 
 
+def _flashinfer(row: dict) -> dict[str, Callable[[], None]]:
+    """FlashInfer's kernels that compute this row, by name."""
+    try:
+        import flashinfer  # noqa: F401
+    except ImportError:
+        return {}
+    names = []
+    if row["variant"] in ("causal", "full") and row["page"] in (0, 16) and row["heads"].dim <= 128:
+        names.append("paged" if row["page"] else "ragged")
+    if "decodes" in row["kind"]:
+        names.append("batch_attention")
+    found = {}
+    for name in names:
+        try:
+            call = row[name] = getattr(flashinfer_prefill, name)(row)  # the row keeps its workspace
+            found[f"flashinfer {name}"] = _graph(call)
+        except Exception as error:  # a peer that cannot do a row is no reason to stop
+            print(f"  no flashinfer {name}: {str(error)[:160]}", flush=True)
+    return found
+
+
 def time_rows(path: str) -> None:
     """Time every row and print a table; in TFLOP/s."""
     from torch.nn.attention import SDPBackend
 
+    import triton
+
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     results = []
     for row in _rows():
         heads = row["heads"]
@@ -309,6 +335,7 @@ def time_rows(path: str) -> None:
                 call = _sdpa(row, backend)
                 if call is not None:
                     calls[name] = call
+        calls |= _flashinfer(row)
         samples = _time(calls)
         for name, out in outs.items():
             assert not out.isnan().any(), (name, row["name"])
@@ -322,12 +349,11 @@ def time_rows(path: str) -> None:
                 "tflops": flops / middle * 1e-12, "median_s": middle, "spread": (quarter[2] - quarter[0]) / middle,
             }  # fmt: skip
         results.append(entry)
+        Path(path).write_text(json.dumps({"machine": machine, "rounds": ROUNDS, "rows": results}, indent=1))
         print(entry["row"].ljust(40), *(f"{n} {x['tflops']:.0f}" for n, x in entry.items() if n != "row"), flush=True)
-        del row["inputs"], calls, outs
-    import triton
-
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    Path(path).write_text(json.dumps({"machine": machine, "rounds": ROUNDS, "rows": results}, indent=1))
+        for name in ("inputs", "parts", "order", "ragged", "paged", "batch_attention"):
+            row.pop(name, None)
+        del calls, outs
 
 
 def main() -> None:
@@ -348,7 +374,7 @@ def main() -> None:
         print(f"{name}: exit {step.returncode}\n{text[-3500:]}", flush=True)
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
     if ok or "--time" in sys.argv:
-        subprocess.run([sys.executable, __file__, "--rows", path], timeout=LIMIT, check=True)
+        subprocess.run([sys.executable, __file__, "--rows", path], timeout=2 * LIMIT, check=True)
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -48,13 +48,12 @@ class HopperExecutor(TritonExecutor):
     @classmethod
     def declines(cls, spec: AttentionSpec, batch: Batch) -> str | None:
         """Why another backend should take this batch, or None."""
-        page_size = batch.page_size if isinstance(batch.kv, PageTable) else 0
-        if page_size and page_size % config.LEAST_BOX:
-            return f"pages of {page_size} tokens do not consist of copies of {config.LEAST_BOX}"
+        if isinstance(batch.kv, PageTable) and config.box_rows(batch.page_size, 64) == 1:
+            return f"pages of {batch.page_size} tokens do not consist of copies of {config.LEAST_BOX}"
         if _mean(batch) * spec.heads.group <= FEW_ROWS:
             return f"queries are few ({_mean(batch)} tokens per request on average)"
         tokens = batch.max_q_len * batch.requests if batch.tokens is None else batch.tokens
-        tiles = -(-tokens * spec.heads.q_heads // config.BLOCK_M)
+        tiles = -(-tokens * spec.heads.q_heads // (2 * config.ROWS))
         if tiles < FEW_TILES and not (batch.host and int(batch.kv_lens.max()) < LONG):
             return f"{tiles} tiles of queries leave most of the GPU idle unless long keys are split"
         return None
@@ -67,11 +66,6 @@ class HopperExecutor(TritonExecutor):
         self._paged, self._ragged = isinstance(batch.kv, PageTable), batch.ragged
         self._table_page = batch.page_size
         self._page = batch.page_size if self._paged else 0
-        if self._page % config.LEAST_BOX:
-            raise ValueError(
-                f"the Hopper kernel takes pages of a multiple of {config.LEAST_BOX} tokens, not {self._page}: use "
-                "another backend"
-            )
         self._reserve, self._batch = reserve or Reserve(), batch
         self.target = Target("sm90")
         self._config = self.config = self.tuned(batch) or asked.choose(spec, _mean(batch), self._page)
@@ -110,7 +104,9 @@ class HopperExecutor(TritonExecutor):
     ) -> list[TritonKernel]:
         """What such plans need on a target; see `dispatch.kernels`."""
         few = mean_q_len * spec.heads.group <= FEW_ROWS
-        if target.name != "sm90" or asked.unsuitable(spec) or few or page_size % config.LEAST_BOX:
+        if target.name != "sm90" or asked.unsuitable(spec) or few:
+            return []
+        if page_size and config.box_rows(page_size, 64) == 1:
             return []
         chosen = asked.choose(spec, mean_q_len, page_size)
         return [
@@ -135,17 +131,17 @@ class HopperExecutor(TritonExecutor):
             batch.tokens if batch.tokens is not None else batch.max_q_len * batch.requests
         )
         pages = (self._reserve.pages or batch.pages.numel()) if self._paged else 0
-        items = tokens * self._config.pack // config.BLOCK_M + min(requests, tokens)
+        items = tokens * self._config.pack // self._config.block_m + min(requests, tokens)
         stride = -(-requests // PLAN_BLOCK) * PLAN_BLOCK or PLAN_BLOCK
         sizes = Sizes(requests, tokens, pages, items, items, 0, stride)
-        self._buffers = Buffers(sizes, 1, config.BLOCK_M, self.spec.heads.value_dim, self.device)
+        self._buffers = Buffers(sizes, 1, self._config.block_m, self.spec.heads.value_dim, self.device)
         self._sizes = sizes
-        self._counter = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self._counter = torch.zeros(3, dtype=torch.int32, device=self.device)
         self.workspace_size = self._buffers.bytes
         place = {name: view.data_ptr() for name, view in self._buffers.views.items()}
         self._run_buffers = (place["items"], place["pages"], self._counter.data_ptr())
         self._plan_buffers = (place["items"], place["pages"], place["scratch"], self._buffers.error.data_ptr())
-        self._numbers = (items, int(self._ragged))
+        self._numbers = (int(self._ragged),)
         self._grid = min(self._programs, items * self._groups)
 
     def update(self, batch: Batch) -> None:
@@ -195,13 +191,15 @@ class HopperExecutor(TritonExecutor):
         else:
             k_sizes = v_sizes = (k.shape[0], k.shape[1], heads.kv_heads)
             k_strides, v_strides = (k0, k1, k2), (v0, v1, v2)
-        q_map, k_map, v_map, out_map = self._maps
-        q_sizes = (q.shape[0], heads.q_heads)
-        maps = [
-            q_map.get(places[0], (*q_sizes, heads.dim), (q0, q1)),
-            k_map.get(places[1], (*k_sizes, heads.dim), k_strides),
-            v_map.get(places[2], (*v_sizes, heads.value_dim), v_strides),
-        ]
+        q_map, *kv_maps, out_map = self._maps
+        maps = [q_map.get(places[0], (q.shape[0], heads.q_heads, heads.dim), (q0, q1))]
+        rows: tuple[int, ...] = ()
+        steps: tuple[int, ...] = ()
+        if kv_maps:
+            maps.append(kv_maps[0].get(places[1], (*k_sizes, heads.dim), k_strides))
+            maps.append(kv_maps[1].get(places[2], (*v_sizes, heads.value_dim), v_strides))
+        else:
+            rows, steps = places[1:3], tuple(x // 8 for x in (*k_strides, *v_strides))
         if out.dtype == q.dtype:
             maps.append(out_map.get(places[3], (out.shape[0], heads.q_heads, heads.value_dim), (o0, o1)))
         else:
@@ -218,6 +216,7 @@ class HopperExecutor(TritonExecutor):
             (
                 places[3],
                 lse_place,
+                *rows,
                 *self._run_buffers,
                 o0 // vector,
                 o1 // vector,
@@ -226,6 +225,7 @@ class HopperExecutor(TritonExecutor):
                 *self._numbers,
                 sm_scale,
                 flags,
+                *steps,
                 *self._words,
             ),
         )

@@ -139,6 +139,9 @@ HOOKS = {
     "output_transform": "output",
 }
 
+#: What a module may define; the last two are Gluon's.
+NAMES = (*HOOKS, "mask_bounds", "query_index", "key_index", "cap_factors", "position_slope")
+
 
 def literal(value: bool | int | float, dtype: str) -> str:
     if dtype == FLOAT and not math.isfinite(value):
@@ -251,11 +254,11 @@ def _function(name: str, lines: list[str], result: str) -> list[str]:
     ]
 
 
-def render(program: Program) -> str:
-    """A module's text. Hooks that the program lacks are None; `QUERY_LOADS` and `KEY_LOADS` say how many elements a
-    vector hook reads, and `query_index(i, dim)`, `key_index(i, dim)` which. The program must be specialised if it has
-    vector hooks."""
-    lines = [PRELUDE.rstrip("\n")]
+def render(program: Program, prelude: str = PRELUDE) -> str:
+    """A module's text, after a prelude. Hooks that the program lacks are None; `QUERY_LOADS` and `KEY_LOADS` say how
+    many elements a vector hook reads, and `query_index(i, dim)`, `key_index(i, dim)` which. The program must be
+    specialised if it has vector hooks."""
+    lines = [prelude.rstrip("\n")]
     for name, hook in HOOKS.items():
         root = getattr(program, hook)
         if root is None:
@@ -295,33 +298,33 @@ class Function:
     program: Program
     text: str = field(compare=False, repr=False)
     name: str
+    prelude: str = field(default=PRELUDE, repr=False)
 
     @property
     def identity(self) -> list[str]:
         return [self.name, _digest(self.text)]
 
     def load(self) -> Any:
-        return getattr(load(self.program), self.name)
+        return getattr(load(self.program, self.prelude), self.name)
 
 
 @lru_cache(maxsize=512)
-def functions(program: Program) -> SimpleNamespace:
+def functions(program: Program, prelude: str = PRELUDE) -> SimpleNamespace:
     """The program's functions for a kernel that is asked for, each a `Function` or None, with QUERY_LOADS, KEY_LOADS
     and the module's `text`. Triton is not imported."""
-    text = render(program)
+    text = render(program, prelude)
     found: dict[str, Any] = {f"{hook.upper()}_LOADS": 0 for hook in ("query", "key")}
     found |= {name: int(number) for name, number in re.findall(r"^(\w+_LOADS) = (\d+)$", text, re.MULTILINE)}
-    names = [*HOOKS, "mask_bounds", "query_index", "key_index"]
     return SimpleNamespace(
-        text=text, **found, **{n: Function(program, text, n) if f"\ndef {n}(" in text else None for n in names}
+        text=text, **found, **{n: Function(program, text, n, prelude) if f"\ndef {n}(" in text else None for n in NAMES}
     )
 
 
 @lru_cache(maxsize=512)
-def load(program: Program) -> SimpleNamespace:
+def load(program: Program, prelude: str = PRELUDE) -> SimpleNamespace:
     """The program's functions as Triton's objects, which kernels are compiled with, or None. Triton reads a function's
     source from its file, so the module is written to a private temporary folder."""
-    text = functions(program).text
+    text = functions(program, prelude).text
     name = f"variant_{_digest(text)[:16]}"
     with tempfile.TemporaryDirectory(prefix="flashloom-") as folder:
         path = Path(folder) / f"{name}.py"
@@ -331,7 +334,7 @@ def load(program: Program) -> SimpleNamespace:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return SimpleNamespace(**{n: getattr(module, n) for n in [*HOOKS, "mask_bounds", "query_index", "key_index"]})
+    return SimpleNamespace(**{n: getattr(module, n, None) for n in NAMES})
 
 
 @lru_cache(maxsize=512)

@@ -9,15 +9,15 @@ import torch
 
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.hopper import config as sizes
-from flashloom.attention.kernels.hopper.config import BLOCK_M, Config, width
+from flashloom.attention.kernels.hopper.config import Config, width
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.shape import HeadShape
 from flashloom.kernel.gluon import GluonKernel, tensor_map_type
 from flashloom.kernel.source import Source
 from flashloom.kernel.triton import TritonKernel, pointer
-from flashloom.lower import triton as lower
+from flashloom.lower import gluon as lower
 from flashloom.target import Target
-from flashloom.variant.expr import topological
+from flashloom.variant.expr import Expr, topological
 
 __all__ = ["Form", "attend_kernel", "boxes", "choose", "plan_kernel", "unsuitable"]
 
@@ -39,8 +39,10 @@ def unsuitable(spec: AttentionSpec) -> str | None:
         return "queries, keys and values must all be float16 or all bfloat16"
     if not program.softmax:
         return "variants without softmax are not supported"
-    if program.key is not None or program.query is not None:
-        return "query and key transforms are not supported"
+    if program.key is not None:
+        return "key transforms are not supported"
+    if program.query is not None and not _own_elements(program.query):
+        return "query transforms that mix the elements of a row are not supported"
     if spec.block_sparse:
         return "block patterns are not supported"
     if heads.latent_value:
@@ -49,21 +51,29 @@ def unsuitable(spec: AttentionSpec) -> str | None:
         return f"head widths above 256 are not supported (dim={heads.dim}, value_dim={heads.value_dim})"
     if heads.dim % 8 or heads.value_dim % 8:
         return f"head widths must be multiples of 8 (dim={heads.dim}, value_dim={heads.value_dim})"
-    if "_block_range(values" in lower.functions(program).text:
-        return "masks whose tile verdict reads tensors are not supported"
     return None
+
+
+def _own_elements(hook: Expr) -> bool:
+    """Whether a vector hook looks at no element of the row but its own."""
+    return all(n.args[0].op == "input" and n.args[0].attr == "dim" for n in topological(hook) if n.op == "element")
 
 
 def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     """The config of a spec for a batch's mean query and pages of this size (0: a request is one run of tokens)."""
     heads, logits = spec.heads, spec.program.logits
     heavy = logits is not None and any(node.op in SPECIAL for node in topological(logits))
-    return sizes.choose(heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy)
+    masked = spec.program.mask is not None
+    return sizes.choose(
+        heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, masked
+    )
 
 
 def boxes(spec: AttentionSpec, config: Config) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the copies of queries, keys, values and results."""
+    """Shapes of the copies of queries, keys, values and results, as far as they have maps."""
     rows, dim, value_dim = 64 // config.pack, width(spec.heads.dim), width(spec.heads.value_dim)
+    if config.box == 1:  # the threads copy keys and values themselves
+        return ((rows, config.pack, dim), (rows, config.pack, value_dim))
     return (
         (rows, config.pack, dim),
         (1, config.box, 1, dim),
@@ -76,33 +86,37 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     """The attention kernel of a spec; page_size 0 where each request is one run of tokens."""
     heads, hooks, dtype = spec.heads, lower.functions(spec.program), spec.q_dtype
     dim, value_dim = width(heads.dim), width(heads.value_dim)
-    names = ("q", "k", "v", "out_map")
+    by_rows = config.box == 1
+    names = ("q", "out_map") if by_rows else ("q", "k", "v", "out_map")
     signature: dict[str, Any] = {n: tensor_map_type(box, dtype) for n, box in zip(names, boxes(spec, config))}
-    signature |= {"out": pointer(form.out_dtype), "lse": "*fp32", "items": "*i32", "pages": "*i32", "counter": "*i32"}
+    signature |= {"out": pointer(form.out_dtype), "lse": "*fp32"}
+    signature |= {n: pointer(dtype) for n in ("k_rows", "v_rows") if by_rows}
+    signature |= {"items": "*i32", "pages": "*i32", "counter": "*i32"}
     signature |= dict.fromkeys(("out_token", "out_head", "lse_token", "lse_head"), "i64")
-    signature |= {"n_items": "i32", "ragged": "i32", "sm_scale": "fp32", "flags": "i32"}
+    signature |= {"ragged": "i32", "sm_scale": "fp32", "flags": "i32"}
+    signature |= dict.fromkeys(("k_strides", "v_strides"), ("i64",) * (3 * by_rows))
     signature["values"] = asked.value_types(spec.program)
     constants = {
-        "LOGITS": hooks.logits_transform, "MASK": hooks.logits_mask, "BOUNDS": hooks.mask_bounds,
+        "LOGITS": None if hooks.cap_factors or hooks.position_slope else hooks.logits_transform,
+        "QUERY": hooks.query_transform,
+        "CAP": hooks.cap_factors, "SLOPE": hooks.position_slope, "MASK": hooks.logits_mask, "BOUNDS": hooks.mask_bounds,
         "OUTPUT": hooks.output_transform, "RAW": hooks.logits_transform is None and not form.negative, "SCAN": 32,
+        "WHOLE": "_block_range(values" not in hooks.text,
         "HEADS": heads.q_heads // config.pack, "PACK": config.pack, "GROUP": heads.group, "DIM": dim,
-        "WIDTH": value_dim, "VALUE_DIM": heads.value_dim, "PAGE_SIZE": page_size, "BOX": config.box,
-        "BLOCK_N": config.block_n, "STAGES": config.stages, "OUT_MAP": form.out_dtype == dtype,
-        "REUSE_Q": dim == value_dim == 256, "RING": sizes.RING, "CONSUMER_REGISTERS": config.registers,
+        "KEY_DIM": heads.dim, "WIDTH": value_dim, "VALUE_DIM": heads.value_dim, "PAGE_SIZE": page_size,
+        "BOX": config.box, "CONSUMERS": config.consumers, "BLOCK_N": config.block_n, "STAGES": config.stages,
+        "OUT_MAP": form.out_dtype == dtype, "REUSE_Q": dim == value_dim == 256,
+        "Q_STAGES": sizes.q_stages(config, dim, value_dim), "RING": sizes.RING, "CONSUMER_REGISTERS": config.registers,
         "OTHER_REGISTERS": config.other_registers,
     }  # fmt: skip
+    constants |= dict.fromkeys(("k", "v") if by_rows else ("k_rows", "v_rows"))
+    aligned = ("out", "items", "pages", *(n for n in ("k_rows", "v_rows") if by_rows))
     source = Source("flashloom.attention.kernels.hopper.attend", "attend")
-    return GluonKernel(source, signature, constants, ("out", "items", "pages"), target, 4, 1)
+    return GluonKernel(source, signature, constants, aligned, target, 4, 1)
 
 
 def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target) -> TritonKernel:
     """The planner kernel: that of the Triton backend, for tiles of this shape."""
     heads = spec.heads
     packed = HeadShape(heads.q_heads, heads.q_heads // config.pack, heads.dim, heads.value_dim)
-    return asked.plan_kernel(replace(spec, heads=packed), _Tile(config.block_n), paged, target)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class _Tile:
-    block_n: int
-    block_m: int = BLOCK_M
+    return asked.plan_kernel(replace(spec, heads=packed), config, paged, target, sizes.ROWS)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""Prefill and append attention on Hopper: a persistent kernel of two consumer warpgroups, two producer warps and
-a scheduler warp.
+"""Prefill and append attention on Hopper: a persistent kernel of two or three consumer warpgroups, two producer
+warps and a scheduler warp.
 
 After the work of Shah et al. (FlashAttention-3, 2024): copies by the tensor memory accelerator, products and softmax
 overlapped within and between the consumers.
@@ -13,77 +13,117 @@ from flashloom.attention.kernels.hopper.schedule import scheduler
 
 @jit
 def attend(
-    q, k, v, out_map, out, lse, items, pages, counter, out_token, out_head, lse_token, lse_head, n_items, ragged,
-    sm_scale, flags, values,
-    LOGITS: gl.constexpr, MASK: gl.constexpr, BOUNDS: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr,
-    SCAN: gl.constexpr, HEADS: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
-    WIDTH: gl.constexpr, VALUE_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, OUT_MAP: gl.constexpr, REUSE_Q: gl.constexpr, RING: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+    q, k, v, out_map, out, lse, k_rows, v_rows, items, pages, counter, out_token, out_head, lse_token, lse_head,
+    ragged, sm_scale, flags, k_strides, v_strides, values,
+    QUERY: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, WHOLE: gl.constexpr, LOGITS: gl.constexpr,
+    MASK: gl.constexpr, BOUNDS: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, SCAN: gl.constexpr,
+    HEADS: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, KEY_DIM: gl.constexpr,
+    WIDTH: gl.constexpr, VALUE_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_MAP: gl.constexpr, REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr,
+    RING: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best the number of multiprocessors; each takes tiles until none is left.
 
-    q [tokens, heads, DIM], k and v [pages, page tokens, kv heads, *] and out_map (as q) are tensor maps; `out` with its
-    strides in vectors of 16 bytes serves rows that the map cannot, lse float32 [tokens, heads]. items int32
-    [n_items, 16], pages int32, counter int32 [2]: see `schedule`. HEADS groups of PACK query heads; DIM, WIDTH: widths
-    of keys and values in shared memory, VALUE_DIM of out.
+    q [tokens, heads, DIM], k and v [pages, page tokens, kv heads, *] and out_map (as q) are tensor maps; in their place
+    k_rows and v_rows with strides serve BOX 1, and `out` with its strides rows that its map cannot, all in vectors of
+    16 bytes. lse float32 [tokens, heads]. items int32
+    [*, 16], pages int32, counter int32 [3]: see `schedule`. HEADS groups of PACK query heads; DIM, WIDTH: widths
+    of keys and values in shared memory, KEY_DIM and VALUE_DIM in memory.
     """
     dtype: gl.constexpr = q.dtype
     keys: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    q_smem = gl.allocate_shared_memory(dtype, [2, 64, DIM], keys)
+    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, DIM], keys)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], keys)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, WIDTH], keys)
     if REUSE_Q:
         o_smem = q_smem
     else:
-        o_smem = gl.allocate_shared_memory(dtype, [2, 64, WIDTH], keys)
+        o_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, WIDTH], keys)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     ring = gl.allocate_shared_memory(gl.int32, [RING * 16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring_full = gl.allocate_shared_memory(gl.int64, [RING, 1], bars)
     ring_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], bars)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], bars)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], bars)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     for i in gl.static_range(RING):
         mbarrier.init(ring_full.index(i), count=1)
-        mbarrier.init(ring_empty.index(i), count=4)
-    for i in gl.static_range(2):
+        mbarrier.init(ring_empty.index(i), count=CONSUMERS + 2)
+    for i in gl.static_range(Q_STAGES * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (consumer, (
-                out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values, 0,
-                LOGITS, MASK, OUTPUT, RAW, BLOCK_N, STAGES, PACK, GROUP, VALUE_DIM, OUT_MAP, REUSE_Q, RING,
-            )),
-            (consumer, (
-                out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                k_full, k_empty, v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values, 1,
-                LOGITS, MASK, OUTPUT, RAW, BLOCK_N, STAGES, PACK, GROUP, VALUE_DIM, OUT_MAP, REUSE_Q, RING,
-            )),
-            (producer, (
-                q, k, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full, k_empty, True,
-                BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING,
-            )),
-            (producer, (
-                q, v, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty, v_full, v_empty, False,
-                BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING,
-            )),
-            (scheduler, (
-                items, counter, ring, ring_full, ring_empty, n_items, ragged, values, BOUNDS, SCAN, HEADS, PACK, GROUP,
-                128, BLOCK_N, PAGE_SIZE > 0, RING,
-            )),
-        ],
-        [4, 1, 1, 1],
-        [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+    what = (
+        out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
+        k_empty, v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
     )  # fmt: skip
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (consumer, (
+                    what, 0, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
+                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
+                )),
+                (consumer, (
+                    what, 1, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
+                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
+                )),
+                (consumer, (
+                    what, 2, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
+                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
+                )),
+                (producer, (
+                    q, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty,
+                    k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                    KEY_DIM,
+                )),
+                (producer, (
+                    q, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty,
+                    v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                    VALUE_DIM,
+                )),
+                (scheduler, (
+                    items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK,
+                    GROUP, 64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING,
+                )),
+            ],
+            [4, 4, 1, 1, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (
+                    what, 0, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
+                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
+                )),
+                (consumer, (
+                    what, 1, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
+                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
+                )),
+                (producer, (
+                    q, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty,
+                    k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                    KEY_DIM,
+                )),
+                (producer, (
+                    q, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty,
+                    v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                    VALUE_DIM,
+                )),
+                (scheduler, (
+                    items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK,
+                    GROUP, 64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING,
+                )),
+            ],
+            [4, 1, 1, 1],
+            [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        )  # fmt: skip

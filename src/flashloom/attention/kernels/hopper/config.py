@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BLOCK_M", "Config", "box_rows", "choose", "pack", "width"]
+__all__ = ["ROWS", "Config", "box_rows", "choose", "pack", "width"]
 
-BLOCK_M = 128  # packed query rows of a tile: two consumers of 64
+ROWS = 64  # packed query rows of a consumer
+SHARED = 225 << 10  # bytes of shared memory for tiles
 RING = 1  # tiles the scheduler prepares ahead
-LEAST_BOX = 8  # rows of a copy: the swizzle repeats after so many
+LEAST_BOX = 8  # rows of a copy by a tensor map: the swizzle repeats after so many
 
 
 @dataclass(frozen=True)
 class Config:
-    """block_n keys per tile, stages of them in flight; pack query heads of a group share a tile; box rows per copy of
-    keys; registers per thread of a consumer, and of the producer and the scheduler."""
+    """consumers of 64 packed query rows each share a tile of block_n keys, stages of which are in flight; pack query
+    heads of a group share a tile; box rows per copy of keys; registers per thread of a consumer, and of the other
+    warps."""
 
+    consumers: int
     block_n: int
     stages: int
     pack: int
@@ -23,9 +26,15 @@ class Config:
     registers: int
     other_registers: int
 
+    @property
+    def block_m(self) -> int:
+        """Packed query rows of a tile."""
+        return self.consumers * ROWS
+
     def __str__(self) -> str:
         heads = f", {self.pack} heads packed" if self.pack > 1 else ""
-        return f"{BLOCK_M}x{self.block_n}, {self.stages} stages, copies of {self.box} keys{heads}"
+        copies = f"copies of {self.box} keys" if self.box > 1 else "keys copied one by one"
+        return f"{self.block_m}x{self.block_n}, {self.stages} stages, {copies}{heads}"
 
 
 def width(dim: int) -> int:
@@ -34,27 +43,45 @@ def width(dim: int) -> int:
 
 
 def box_rows(page_size: int, block_n: int) -> int:
-    """Keys per copy, all within one page; page_size 0: a request is one run of tokens."""
-    return block_n if page_size == 0 else min(page_size & -page_size, block_n)
+    """Keys per copy, all within one page; page_size 0: a request is one run of tokens. 1: tensor maps cannot do it."""
+    box = block_n if page_size == 0 else min(page_size & -page_size, block_n)
+    return box if box >= LEAST_BOX else 1
 
 
 def pack(group: int, mean_q_len: int) -> int:
     """How many heads of a group share a tile. Long queries fill tiles by themselves, and then a head's number is the
     same for all rows, which makes the hooks cheaper."""
-    if mean_q_len >= 2 * BLOCK_M:
+    if mean_q_len >= 256:
         return 1
     return min(group & -group, 64)
 
 
+def q_stages(config: Config, dim: int, value_dim: int) -> int:
+    """Tiles of queries in shared memory: two where they fit, so that the next ones are there in time."""
+    keys, values = width(dim), width(value_dim)
+    size = 2 * (config.block_m * (2 * keys + values) + config.stages * config.block_n * (keys + values))
+    return 2 if size <= SHARED else 1
+
+
 def choose(
-    dim: int, value_dim: int, group: int, mean_q_len: int, page_size: int, invariant: bool, heavy: bool = False
+    dim: int,
+    value_dim: int,
+    group: int,
+    mean_q_len: int,
+    page_size: int,
+    invariant: bool,
+    heavy: bool = False,
+    masked: bool = True,
 ) -> Config:
     """The config for head widths and a batch's mean query; invariant: it may not depend on the batch; heavy: the logits
-    go through special functions, whose temporaries want the registers of a smaller tile."""
-    wide = max(width(dim), width(value_dim)) > 128
-    block_n = 64 if heavy or wide else 128
+    go through special functions, whose temporaries want the registers of a smaller tile; masked: tiles may need a
+    mask."""
+    widest = max(width(dim), width(value_dim))
+    block_n = 64 if heavy or widest > 128 else 128
     box = box_rows(page_size, block_n)
     heads = 1 if invariant else pack(group, mean_q_len)
+    if widest == 64 and not heavy and not masked:  # a third consumer fills the time that the softmax of two leaves
+        return Config(3, block_n, 2, heads, box, 160, 32)
     # many copies per tile want registers for the page numbers; wide accumulators have none to give
-    registers, others = (216, 72) if block_n >= 8 * box and not wide else (232, 40)
-    return Config(block_n, 2, heads, box, registers, others)
+    registers, others = (216, 72) if block_n >= 8 * box and widest <= 128 else (232, 40)
+    return Config(2, block_n, 2, heads, box, registers, others)

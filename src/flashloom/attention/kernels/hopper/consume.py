@@ -6,6 +6,7 @@ that one computes its softmax while the other multiplies.
 """
 
 # ruff: noqa: SIM102
+from flashloom.attention.kernels.hopper.cap import tanh_of_half
 from flashloom.attention.kernels.hopper.gluon import (
     barrier,
     fence_async_shared,
@@ -53,32 +54,69 @@ def enter(NUMBER: gl.constexpr):
     """Wait for this consumer's turn at the tensor cores. Triton's own code uses named barriers below 9."""
     if NUMBER == 0:
         once_per_thread("bar.sync 9, 256; mov.b32 $0, $1;")
-    else:
+    elif NUMBER == 1:
         once_per_thread("bar.sync 10, 256; mov.b32 $0, $1;")
+    else:
+        once_per_thread("bar.sync 11, 256; mov.b32 $0, $1;")
 
 
 @jit
-def leave(NUMBER: gl.constexpr):
-    """Give the turn to the other consumer."""
-    if NUMBER == 0:
+def leave(NUMBER: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Give the turn to the next consumer."""
+    if NUMBER + 1 == CONSUMERS:
+        once_per_thread("bar.arrive 9, 256; mov.b32 $0, $1;")
+    elif NUMBER == 0:
         once_per_thread("bar.arrive 10, 256; mov.b32 $0, $1;")
     else:
-        once_per_thread("bar.arrive 9, 256; mov.b32 $0, $1;")
+        once_per_thread("bar.arrive 11, 256; mov.b32 $0, $1;")
+
+
+@jit
+def await_copy(full, stage, phase, FENCE: gl.constexpr):
+    """Wait until a stage is full. Copies that threads made themselves must become visible to the tensor cores."""
+    mbarrier.wait(full.index(stage), phase)
+    if FENCE:
+        fence_async_shared()
+
+
+@jit
+def shape_of_logits(
+    q_head, q_pos, sm_scale, at, values, CAP: gl.constexpr, SLOPE: gl.constexpr,
+):  # fmt: skip
+    """What a tile of queries needs of a soft cap, the factors before and after its tanh of a half, or of a bias by
+    distance, its slope in units of log2."""
+    batch, kv_head, q_len, kv_len, q_start, kv_start = at
+    if CAP is not None:
+        outer, inner = CAP(values)
+        inner = gl.where(outer < 0, -inner, inner)  # the factor of the softmax is positive
+        return (2.0 * sm_scale) * inner, gl.maximum(gl.abs(outer) * LOG2E, 1e-37)
+    elif SLOPE is not None:
+        return SLOPE(batch, q_head, kv_head, q_pos, q_len, kv_len, q_start, kv_start, values) * LOG2E
+    else:
+        return 0.0
 
 
 @jit
 def weights(
-    s, top, total, tile, q_head, q_pos, sm_scale, at, values,
-    LOGITS: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, MASKED_TILE: gl.constexpr, BLOCK_N: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    s, top, total, tile, q_head, q_pos, sm_scale, at, values, shape,
+    LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
+    MASKED_TILE: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: (weights, factor for what was summed before, top, total) from the products s
-    [64, BLOCK_N]. `top` is kept in units of log2."""
+    [64, BLOCK_N]. `top` is kept in units of log2. `shape`: see `shape_of_logits`."""
     batch, kv_head, q_len, kv_len, q_start, kv_start = at
     scale = sm_scale * LOG2E
     if LOGITS is not None or MASKED_TILE:
         kv_pos = (tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)))[None, :]
-    if RAW:
+    if CAP is not None:
+        s = tanh_of_half(s * shape[0])
+        scale = shape[1]
+    elif SLOPE is not None:
+        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)).to(gl.float32)[None, :]
+        base = shape * (tile * BLOCK_N - q_pos).to(gl.float32)
+        s = s * scale + (shape * column + base)
+        scale = 1.0
+    elif RAW:
         scale = gl.maximum(scale, 1e-37)  # 0 must not meet -inf
     else:
         s = s * sm_scale
@@ -94,7 +132,7 @@ def weights(
         s = gl.where(keep, s, float("-inf"))
     new_top = gl.maximum(top, gl.max(s, 1) * scale)
     base = new_top
-    if MASKED_TILE or LOGITS is not None:
+    if MASKED_TILE or LOGITS is not None or SLOPE is not None:
         base = gl.where(new_top == float("-inf"), 0.0, new_top)
     p = gl.exp2(s * scale - base[:, None])
     rescale = gl.exp2(top - base)
@@ -120,9 +158,11 @@ def clear_rows(stage, first, end, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr):
 @jit
 def run_tiles(
     first, last, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked, high, end,
-    full_begin, full_end, q_head, q_pos, sm_scale, at, values,
-    LOGITS: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, MASKED_TILES: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, NUMBER: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape,
+    LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
+    MASKED_TILES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
+    CONSUMERS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    FENCE: gl.constexpr,
 ):  # fmt: skip
     """Steps first to last of a tile; `p16` are the weights of the step before."""
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
@@ -130,18 +170,18 @@ def run_tiles(
         before = step % STAGES
         step += 1
         stage = step % STAGES
-        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        await_copy(k_full, stage, (step // STAGES) & 1, FENCE)
         enter(NUMBER)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
+        await_copy(v_full, before, ((step - 1) // STAGES) & 1, FENCE)
         acc = warpgroup_mma(p16, v_smem.index(before), acc, is_async=True)
-        leave(NUMBER)
+        leave(NUMBER, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
         tile = key_tile(i, masked, high, end, full_begin, full_end)
         p, rescale, top, total = weights(
-            s, top, total, tile, q_head, q_pos, sm_scale, at, values, LOGITS, MASK, RAW, MASKED_TILES, BLOCK_N,
-            S_LAYOUT,
+            s, top, total, tile, q_head, q_pos, sm_scale, at, values, shape, LOGITS, CAP, SLOPE, MASK, RAW,
+            MASKED_TILES, BLOCK_N, S_LAYOUT,
         )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
@@ -150,6 +190,25 @@ def run_tiles(
         )
         p16 = gl.convert_layout(p.to(k_smem.dtype), P_LAYOUT)
     return step, acc, p16, top, total
+
+
+@jit
+def transform_rows(q, first, last, head, at, values, QUERY: gl.constexpr, PACK: gl.constexpr):
+    """Apply the variant's query transform to the rows in shared memory."""
+    batch, kv_head, q_len, kv_len, q_start, kv_start = at
+    DIM: gl.constexpr = q.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // DIM, DIM // 8] if DIM < 256 else [1, 32], [4, 1], [1, 0])
+    row = gl.minimum(first + gl.arange(0, 64, gl.SliceLayout(1, layout)), last - 1)[:, None]
+    dim = gl.arange(0, DIM, gl.SliceLayout(0, layout))[None, :]
+    x = q.load(layout).to(gl.float32)
+    y = QUERY(
+        (x,), batch, head * PACK + row % PACK, kv_head, kv_len - q_len + row // PACK, q_len, kv_len, q_start, kv_start,
+        dim, values,
+    ) + gl.zeros([64, DIM], gl.float32, layout)  # fmt: skip
+    barrier()
+    q.store(y.to(q.dtype))
+    fence_async_shared()
+    barrier()
 
 
 @jit
@@ -176,13 +235,16 @@ def store_lse(x, lse, row, last, q_start, head, lse_token, lse_head, PACK: gl.co
 
 @jit
 def consumer(
-    out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
-    NUMBER: gl.constexpr, LOGITS: gl.constexpr, MASK: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, VALUE_DIM: gl.constexpr,
-    OUT_MAP: gl.constexpr, REUSE_Q: gl.constexpr, RING: gl.constexpr,
+    what, NUMBER: gl.constexpr, QUERY: gl.constexpr, LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr,
+    MASK: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, VALUE_DIM: gl.constexpr, OUT_MAP: gl.constexpr,
+    REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr, RING: gl.constexpr, FENCE: gl.constexpr,
 ):  # fmt: skip
     """Rows NUMBER * 64 and on of every tile in the ring. flags: bit 0 store lse, bit 1 partial."""
+    (
+        out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
+        k_empty, v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
+    ) = what  # fmt: skip
     VEC: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     WIDTH: gl.constexpr = v_smem.shape[2]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -192,13 +254,12 @@ def consumer(
     out_layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [32 * 8 // WIDTH, WIDTH // 8] if WIDTH < 256 else [1, 32], [4, 1], [1, 0]
     )
-    q = q_smem.index(NUMBER)
     o = o_smem.index(NUMBER)
     turn = 0
     used = 0  # query tiles
     step = 0  # key tiles
-    if NUMBER == 1:
-        leave(1)
+    if NUMBER + 1 == CONSUMERS:
+        leave(NUMBER, CONSUMERS)
     mbarrier.wait(ring_full.index(0), 0)
     live = word(ring, 0, LIVE, RING)
     while live > 0:
@@ -227,43 +288,48 @@ def consumer(
                 q_head = head
             else:
                 q_head = (head * PACK + inner % PACK)[:, None]
-            mbarrier.wait(q_full.index(NUMBER), used & 1)
+            shape = shape_of_logits(q_head, q_pos, sm_scale, at, values, CAP, SLOPE)
+            buffer = (used % Q_STAGES) * CONSUMERS + NUMBER
+            q = q_smem.index(buffer)
+            mbarrier.wait(q_full.index(buffer), (used // Q_STAGES) & 1)
+            if QUERY is not None:
+                transform_rows(q, first, last, head, at, values, QUERY, PACK)
             stage = step % STAGES
-            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            await_copy(k_full, stage, (step // STAGES) & 1, FENCE)
             enter(NUMBER)
             s = warpgroup_mma(
                 q, k_smem.index(stage).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False,
                 is_async=True,
             )  # fmt: skip
-            leave(NUMBER)
+            leave(NUMBER, CONSUMERS)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage), count=1)
             tile = key_tile(0, masked, high, end, full_begin, full_end)
             top = gl.full([64], float("-inf"), gl.float32, row_layout)
             p, _rescale, top, total = weights(
-                s, top, gl.zeros([64], gl.float32, row_layout), tile, q_head, q_pos, sm_scale, at, values, LOGITS,
-                MASK, RAW, True, BLOCK_N, s_layout,
+                s, top, gl.zeros([64], gl.float32, row_layout), tile, q_head, q_pos, sm_scale, at, values, shape,
+                LOGITS, CAP, SLOPE, MASK, RAW, True, BLOCK_N, s_layout,
             )  # fmt: skip
             p16 = gl.convert_layout(p.to(k_smem.dtype), p_layout)
             if tile * BLOCK_N + BLOCK_N > kv_len:
-                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
                 clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, WIDTH, BLOCK_N)
             acc = warpgroup_mma_init(gl.zeros([64, WIDTH], gl.float32, o_layout))
             if MASK is not None:
                 step, acc, p16, top, total = run_tiles(
                     1, masked, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked,
-                    high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, LOGITS, MASK, RAW, True,
-                    BLOCK_N, STAGES, NUMBER, s_layout, o_layout, p_layout,
+                    high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape, LOGITS, CAP, SLOPE,
+                    MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE,
                 )  # fmt: skip
             step, acc, p16, top, total = run_tiles(
                 gl.maximum(masked, 1), tiles, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full,
-                v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, LOGITS, MASK,
-                RAW, False, BLOCK_N, STAGES, NUMBER, s_layout, o_layout, p_layout,
+                v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape, LOGITS,
+                CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE,
             )  # fmt: skip
             if not REUSE_Q:
-                mbarrier.arrive(q_empty.index(NUMBER), count=1)
+                mbarrier.arrive(q_empty.index(buffer), count=1)
             stage = step % STAGES
-            mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+            await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
             acc = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             if OUT_MAP and not REUSE_Q:
@@ -308,7 +374,7 @@ def consumer(
                 store_rows(result, out, first, last, q_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, o_layout)
             if REUSE_Q:
                 tma_store_wait(0)
-                mbarrier.arrive(q_empty.index(NUMBER), count=1)
+                mbarrier.arrive(q_empty.index(buffer), count=1)
         else:
             if flags & 1:
                 store_lse(

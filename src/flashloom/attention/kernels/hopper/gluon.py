@@ -2,6 +2,7 @@
 
 from triton.experimental import gluon as _gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy as _async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -13,6 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma as _tma
 
 __all__ = [
     "barrier",
+    "copy_rows",
+    "copy_rows_arrive",
     "fence_async_shared",
     "gl",
     "jit",
@@ -29,4 +32,6 @@ jit = _gluon.jit
 tma_load = _tma.async_load if hasattr(_tma, "async_load") else _tma.async_copy_global_to_shared
 tma_store = _tma.async_store if hasattr(_tma, "async_store") else _tma.async_copy_shared_to_global
 tma_store_wait = _tma.store_wait
+copy_rows = _async_copy.async_copy_global_to_shared
+copy_rows_arrive = _async_copy.mbarrier_arrive
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

@@ -1,9 +1,11 @@
 """The scheduler of the Hopper kernel: one warp that takes tiles of work and says what the other warps need to know.
 
 A tile is an item of the plan (`kernels/triton/plan.py` writes them: a block of packed query rows of one request) for
-one group of heads. Tiles come from a counter in memory, in the plan's order, which is longest first; so a program that
-is done early takes the next. The scheduler also asks the variant which key tiles matter. Its answer goes through a
-small ring in shared memory, ahead of the warps that read it.
+one group of heads. Tiles come from counters in memory, so a program that is done early takes the next. There are two
+kinds: items of few rows wait for memory, the others keep the tensor cores busy. In a batch of both, half of the
+programs begin with one kind and half with the other, so that they overlap, and tiles that run at a time share keys in
+the L2 cache. Each kind comes in the plan's order, longest first. The scheduler also asks the variant which key tiles
+matter. Its answer goes through a small ring in shared memory, ahead of the warps that read it.
 """
 
 from flashloom.attention.kernels.hopper.gluon import gl, jit, mbarrier
@@ -52,52 +54,40 @@ def key_tile(i, masked, high, end, full_begin, full_end):
 @jit
 def kept_range(
     last, q_pos_lo, q_pos_hi, head_lo, head_hi, kv_head, batch, q_len, kv_len, q_start, kv_start, values,
-    BOUNDS: gl.constexpr, BLOCK_N: gl.constexpr, SCAN: gl.constexpr,
+    BOUNDS: gl.constexpr, WHOLE: gl.constexpr, BLOCK_N: gl.constexpr, SCAN: gl.constexpr,
 ):  # fmt: skip
     """Of the key tiles 0 to last: (begin, end) of those with any key kept, and (full_begin, full_end), a run of tiles
-    that need no mask. SCAN tiles are judged at a time; 0: one by one, for verdicts that read tensors."""
+    that need no mask. SCAN tiles are judged at a time; WHOLE: all together before, where that is cheap."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     begin = 0
     end = last
     full_begin = 0
     full_end = kv_len // BLOCK_N
     if BOUNDS is not None:
-        all_kept, _ = BOUNDS(
-            batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, 0, kv_len - 1, q_len, kv_len, q_start, kv_start,
-            values,
-        )  # fmt: skip
+        all_kept = False
+        if WHOLE:
+            all_kept, _ = BOUNDS(
+                batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, 0, kv_len - 1, q_len, kv_len, q_start, kv_start,
+                values,
+            )  # fmt: skip
         if not all_kept:
             begin = last
             end = 0
             full_begin = last
             full_end = last
-            if SCAN == 0:
-                for tile in range(last):
-                    low = tile * BLOCK_N
-                    high = gl.minimum(low + BLOCK_N, kv_len)
-                    full, some = BOUNDS(
-                        batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, low, high - 1, q_len, kv_len, q_start,
-                        kv_start, values,
-                    )  # fmt: skip
-                    begin = gl.where(some, gl.minimum(begin, tile), begin)
-                    end = gl.where(some, tile + 1, end)
-                    whole = full & (high - low == BLOCK_N)
-                    full_begin = gl.where(whole, gl.minimum(full_begin, tile), full_begin)
-                    full_end = gl.where((tile > full_begin) & (whole == 0), gl.minimum(full_end, tile), full_end)
-            else:
-                for first in range(0, last, SCAN):
-                    tile = first + gl.arange(0, SCAN, layout)
-                    low = tile * BLOCK_N
-                    full, some = BOUNDS(
-                        batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, low,
-                        gl.minimum(low + BLOCK_N, kv_len) - 1, q_len, kv_len, q_start, kv_start, values,
-                    )  # fmt: skip
-                    some = some & (tile < last)
-                    full = full & (low + BLOCK_N <= kv_len)
-                    begin = gl.minimum(begin, gl.min(gl.where(some, tile, last), 0))
-                    end = gl.maximum(end, gl.max(gl.where(some, tile + 1, 0), 0))
-                    full_begin = gl.minimum(full_begin, gl.min(gl.where(full, tile, last), 0))
-                    full_end = gl.minimum(full_end, gl.min(gl.where((tile > full_begin) & (full == 0), tile, last), 0))
+            for first in range(0, last, SCAN):
+                tile = first + gl.arange(0, SCAN, layout)
+                low = tile * BLOCK_N
+                full, some = BOUNDS(
+                    batch, kv_head, head_lo, head_hi, q_pos_lo, q_pos_hi, low, gl.minimum(low + BLOCK_N, kv_len) - 1,
+                    q_len, kv_len, q_start, kv_start, values,
+                )  # fmt: skip
+                some = some & (tile < last)
+                full = full & (low + BLOCK_N <= kv_len)
+                begin = gl.minimum(begin, gl.min(gl.where(some, tile, last), 0))
+                end = gl.maximum(end, gl.max(gl.where(some, tile + 1, 0), 0))
+                full_begin = gl.minimum(full_begin, gl.min(gl.where(full, tile, last), 0))
+                full_end = gl.minimum(full_end, gl.min(gl.where((tile > full_begin) & (full == 0), tile, last), 0))
             end = gl.maximum(begin, end)
             full_begin = gl.minimum(full_begin, end)
             full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
@@ -105,65 +95,81 @@ def kept_range(
 
 
 @jit
+def take(counter, kind, both, programs, light, heavy, HEADS: gl.constexpr):
+    """(the next tile of a kind, how many there are); the first ones went to the programs that began with it."""
+    begun = gl.where(both, (programs + 1 - kind) // 2, programs)
+    return gl.atomic_add(counter + kind, 1) + begun, gl.where(kind > 0, light, heavy) * HEADS
+
+
+@jit
 def scheduler(
-    items, counter, ring, ring_full, ring_empty, n_items, ragged, values,
-    BOUNDS: gl.constexpr, SCAN: gl.constexpr, HEADS: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr,
+    items, counter, ring, ring_full, ring_empty, ragged, values,
+    BOUNDS: gl.constexpr, WHOLE: gl.constexpr, SCAN: gl.constexpr, HEADS: gl.constexpr, PACK: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Take tiles until there are none: all groups of heads of an item, then the next item. counter int32 [2], zero
-    before and after: tiles taken, programs done."""
-    total = n_items * HEADS
+    """Take tiles until there are none: all groups of heads of an item, then the next item. counter int32 [3], zero
+    before and after: tiles taken of many and of few rows, programs done."""
+    light = gl.load(items + 15)
+    heavy = gl.load(items + 14) - light
+    programs = gl.num_programs(0)
+    both = (light > 0) & (heavy > 0)
+    few = gl.where(both, gl.program_id(0) % 2, (light > 0).to(gl.int32))  # 1: begin with items of few rows
+    kind = few
+    tile = gl.where(both, gl.program_id(0) // 2, gl.program_id(0))
     turn = 0
-    tile = gl.program_id(0)
-    while tile < total:
-        number = tile // HEADS
+    count = gl.where(kind > 0, light, heavy) * HEADS
+    if tile >= count:
+        kind = 1 - few
+        tile, count = take(counter, kind, both, programs, light, heavy, HEADS)
+    while tile < count:
         head = tile % HEADS
-        item = items + number.to(gl.int64) * WORDS
+        item = items + (tile // HEADS + gl.where(kind > 0, 0, light)).to(gl.int64) * WORDS
         batch = gl.load(item)
-        if batch >= 0:
-            q_start = gl.load(item + 1)
-            q_len = gl.load(item + 2)
-            kv_len = gl.load(item + 3)
-            kv_start = gl.load(item + 4)
-            row = gl.load(item + 5)
-            page = gl.load(item + 8)
-            token = 0
-            if not PAGED:
-                first = gl.load(item + 9)
-                page = gl.where(ragged > 0, 0, first)
-                token = gl.where(ragged > 0, first, 0)
-            rows = gl.minimum(q_len * PACK - row, BLOCK_M)
-            q_pos = kv_len - q_len + row // PACK
-            begin, end, full_begin, full_end = kept_range(
-                (kv_len + BLOCK_N - 1) // BLOCK_N, q_pos, kv_len - q_len + (row + rows - 1) // PACK, head * PACK,
-                head * PACK + PACK - 1, head * PACK // GROUP, batch, q_len, kv_len, q_start, kv_start, values, BOUNDS,
-                BLOCK_N, SCAN,
-            )  # fmt: skip
-            mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
-            put(ring, turn, LIVE, 1, RING)
-            put(ring, turn, BATCH, batch, RING)
-            put(ring, turn, Q_START, q_start, RING)
-            put(ring, turn, Q_LEN, q_len, RING)
-            put(ring, turn, KV_LEN, kv_len, RING)
-            put(ring, turn, KV_START, kv_start, RING)
-            put(ring, turn, ROW, row, RING)
-            put(ring, turn, HEAD, head, RING)
-            put(ring, turn, PAGE, page, RING)
-            put(ring, turn, TOKEN, token, RING)
-            put(ring, turn, TILES, end - begin, RING)
-            put(ring, turn, MASKED, end - begin - (full_end - full_begin), RING)
-            put(ring, turn, HIGH, end - full_end, RING)
-            put(ring, turn, END, end, RING)
-            put(ring, turn, FULL_BEGIN, full_begin, RING)
-            put(ring, turn, FULL_END, full_end, RING)
-            mbarrier.arrive(ring_full.index(turn % RING), count=1)
-            turn += 1
-        tile = gl.atomic_add(counter, 1) + gl.num_programs(0)
-        if batch < 0:  # items that the batch does not need lie at the end
-            tile = total
+        q_start = gl.load(item + 1)
+        q_len = gl.load(item + 2)
+        kv_len = gl.load(item + 3)
+        kv_start = gl.load(item + 4)
+        row = gl.load(item + 5)
+        page = gl.load(item + 8)
+        token = 0
+        if not PAGED:
+            first = gl.load(item + 9)
+            page = gl.where(ragged > 0, 0, first)
+            token = gl.where(ragged > 0, first, 0)
+        rows = gl.minimum(q_len * PACK - row, BLOCK_M)
+        q_pos = kv_len - q_len + row // PACK
+        begin, end, full_begin, full_end = kept_range(
+            (kv_len + BLOCK_N - 1) // BLOCK_N, q_pos, kv_len - q_len + (row + rows - 1) // PACK, head * PACK,
+            head * PACK + PACK - 1, head * PACK // GROUP, batch, q_len, kv_len, q_start, kv_start, values, BOUNDS,
+            WHOLE, BLOCK_N, SCAN,
+        )  # fmt: skip
+        mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
+        put(ring, turn, LIVE, 1, RING)
+        put(ring, turn, BATCH, batch, RING)
+        put(ring, turn, Q_START, q_start, RING)
+        put(ring, turn, Q_LEN, q_len, RING)
+        put(ring, turn, KV_LEN, kv_len, RING)
+        put(ring, turn, KV_START, kv_start, RING)
+        put(ring, turn, ROW, row, RING)
+        put(ring, turn, HEAD, head, RING)
+        put(ring, turn, PAGE, page, RING)
+        put(ring, turn, TOKEN, token, RING)
+        put(ring, turn, TILES, end - begin, RING)
+        put(ring, turn, MASKED, end - begin - (full_end - full_begin), RING)
+        put(ring, turn, HIGH, end - full_end, RING)
+        put(ring, turn, END, end, RING)
+        put(ring, turn, FULL_BEGIN, full_begin, RING)
+        put(ring, turn, FULL_END, full_end, RING)
+        mbarrier.arrive(ring_full.index(turn % RING), count=1)
+        turn += 1
+        tile, count = take(counter, kind, both, programs, light, heavy, HEADS)
+        if (tile >= count) & (kind == few):
+            kind = 1 - few
+            tile, count = take(counter, kind, both, programs, light, heavy, HEADS)
     mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
     put(ring, turn, LIVE, 0, RING)
     mbarrier.arrive(ring_full.index(turn % RING), count=1)
-    if gl.atomic_add(counter + 1, 1) == gl.num_programs(0) - 1:  # the last program leaves the counters at zero
+    if gl.atomic_add(counter + 2, 1) == programs - 1:  # the last program leaves the counters at zero
         gl.store(counter, 0)
         gl.store(counter + 1, 0)
+        gl.store(counter + 2, 0)
