@@ -275,3 +275,34 @@ def test_narrow_floats(lib: ctypes.CDLL) -> None:
         lib.to_16_bits(pointer(x), pointer(got16), len(x), bfloat)
         got, want = torch.from_numpy(got16.view(np.int16)).view(dtype).float(), torch.from_numpy(x).to(dtype).float()
         assert torch.equal(got.nan_to_num(nan=1e9), want.nan_to_num(nan=1e9))
+
+
+COARSE = """
+#define FL_COARSE 1
+#include "ops.h"
+using namespace flashloom;
+extern "C" void coarse(const float* x, float* t, float* s) {
+  for (int i = 0; i < 4096; i += VL) storeu(t + i, tanh(loadu(x + i))), storeu(s + i, sigmoid(loadu(x + i)));
+}
+"""
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 1.2, 30.0])
+@pytest.mark.parametrize("target", [name for name in CPU_TARGETS if name.startswith("x86")])
+def test_coarse(target: str, scale: float, tmp_path: Path) -> None:
+    """tanh and sigmoid of kernels with 16-bit queries: to 3e-6, on all sides of the short polynomial's end."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    if not Target(target).supported:
+        pytest.skip(f"this machine does not run {target}")
+    (tmp_path / "coarse.cpp").write_text(COARSE)
+    command = [COMPILER, *FLAGS, *Target(target).flags, f"-I{HEADERS}", "coarse.cpp", "-o", "coarse.so"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    x = np.linspace(-scale, scale, N).astype(np.float32)
+    x[:6] = np.nan, np.inf, -np.inf, 0.0, -1.0, 1.0
+    t, s = np.empty_like(x), np.empty_like(x)
+    ctypes.CDLL(str(tmp_path / "coarse.so")).coarse(pointer(x), pointer(t), pointer(s))
+    with np.errstate(over="ignore"):
+        want = np.tanh(x.astype(np.float64)), 1 / (1 + np.exp(-x.astype(np.float64)))
+    np.testing.assert_allclose(t, want[0], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(s, want[1], rtol=0, atol=3e-6)

@@ -85,3 +85,15 @@ class Executor(Protocol):
 
     def explain(self) -> str:
         """Which kernel and config serve this plan, and why."""
+
+
+def guard(*tensors: torch.Tensor) -> Callable[..., bool] | None:
+    """A function that says in one call whether tensors have the sizes, strides, dtypes, devices and kinds of these, or
+    None where torch offers none or one of them requires gradients."""
+    if any(x.requires_grad for x in tensors):
+        return None
+    try:
+        made = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    except (AttributeError, TypeError):  # not a public name of torch's; without it each argument is looked at in turn
+        return None
+    return made.check

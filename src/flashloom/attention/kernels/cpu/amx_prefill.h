@@ -200,21 +200,36 @@ template <class C, class V> struct AmxKernel {
     return x;
   }
 
-  // The weights of one step, amid n products.
-  template <bool MASKED, class B>
+  // The weights of one step, amid n > 0 products.
+  template <class B>
   FL_INLINE void step(const B& bound, Sums& sums, char* to, int32_t kv, const Product* x, int n) {
-    const int units = (STEP + 4 * n) / (4 * n + 1);
+    const int units = (STEP + 4 * n - 1) / (4 * n);
     int u = 0;
-    auto some = [&](int end) __attribute__((always_inline)) {
-      for (end = min_of(end, STEP); u < end; u++) weigh<MASKED>(bound, sums, w.s[s_at], to, kv, u);
+    auto some = [&]() __attribute__((always_inline)) {
+      for (const int end = min_of(u + units, STEP); u < end; u++) weigh<false>(bound, sums, w.s[s_at], to, kv, u);
     };
     for (const Product* end = x + n; x < end; x++) {
-      multiply<0>(*x), some(u + units);
-      multiply<1>(*x), some(u + units);
-      multiply<2>(*x), some(u + units);
-      multiply<3>(*x), some(u + units);
+      multiply<0>(*x), some();
+      multiply<1>(*x), some();
+      multiply<2>(*x), some();
+      multiply<3>(*x), some();
     }
-    some(STEP);
+  }
+  // The same in less code, for what is masked or has no products.
+  template <class B>
+  FL_INLINE void masked_step(const B& bound, Sums& sums, char* to, int32_t kv, const Product* x, int n) {
+    const int units = (STEP + 4 * n) / (4 * n + 1);
+    for (int i = 0, u = 0; u < STEP || i < 4 * n; i++) {
+      if (i < 4 * n) {
+        switch (i & 3) {
+          case 0: multiply<0>(x[i >> 2]); break;
+          case 1: multiply<1>(x[i >> 2]); break;
+          case 2: multiply<2>(x[i >> 2]); break;
+          case 3: multiply<3>(x[i >> 2]);
+        }
+      }
+      for (const int end = min_of(u + units, STEP); u < end; u++) weigh<true>(bound, sums, w.s[s_at], to, kv, u);
+    }
   }
   FL_INLINE void flush() {
     tiles_store(done);
@@ -242,8 +257,8 @@ template <class C, class V> struct AmxKernel {
         const Sums before = sums;
         char* to = weights + j * 2 * TILE;
         for (;; products = 0) {
-          if (list.masked[i]) step<true>(bound, sums, to, kv, x, products);
-          else step<false>(bound, sums, to, kv, x, products);
+          if (list.masked[i] || products == 0) masked_step(bound, sums, to, kv, x, products);
+          else step(bound, sums, to, kv, x, products);
           if (done == w.s[s_at ^ 1]) flush();
           if (!V::softmax || !any((sums.l[0] > LIMIT) | (sums.l[1] > LIMIT))) break;
           flush();

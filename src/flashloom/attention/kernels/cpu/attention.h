@@ -1,5 +1,6 @@
 // The entries of an attention kernel: schedule(args) and run(args), through the C ABI of TVM-FFI. The generated source
-// includes this, defines `Config` and `Variant` in namespace flashloom, and says FL_ATTENTION.
+// includes this, defines `Config` and `Variant` in namespace flashloom, and says FL_ATTENTION. Two halves can be compiled at
+// the same time: the entries with few rows (FL_PART 0), and many rows (FL_PART 1).
 #pragma once
 #include <tvm/ffi/c_api.h>
 
@@ -19,6 +20,15 @@ template <class C, class V>
 using ManyRows = typename choose<AmxKernel<C, V>::SERVES, AmxKernel<C, V>, RowsKernel<C, V>>::type;
 #else
 template <class C, class V> using ManyRows = RowsKernel<C, V>;
+#endif
+
+template <class C, class V> void many_rows(const Args& a, const typename V::Params& p, char* scratch, const Item& it)
+#if defined(FL_PART) && FL_PART == 0
+    ;
+#else
+{
+  ManyRows<C, V>(a, p, scratch, it).run();
+}
 #endif
 
 template <class C, class V> struct Kernels {
@@ -45,13 +55,18 @@ template <class C, class V> struct Kernels {
       const Item& it = a.items[i];
       char* scratch = a.scratch + thread * a.scratch_size;
       if (it.row_hi - it.row_lo <= few && it.row_lo == 0) Decode(a, params, scratch, it).run();
-      else Rows(a, params, scratch, it).run();
+      else many_rows<C, V>(a, params, scratch, it);
     });
   }
 };
 
 }  // namespace flashloom
 
+#if defined(FL_PART) && FL_PART == 1
+#define FL_ATTENTION                                                           \
+  template void flashloom::many_rows<flashloom::Config, flashloom::Variant>(   \
+      const flashloom::Args&, const flashloom::Variant::Params&, char*, const flashloom::Item&);
+#else
 #define FL_ATTENTION                                                                                       \
   extern "C" int __tvm_ffi_schedule(void*, const TVMFFIAny* args, int32_t, TVMFFIAny*) {                   \
     flashloom::Kernels<flashloom::Config, flashloom::Variant>::schedule(*(flashloom::Args*)args->v_int64); \
@@ -61,3 +76,4 @@ template <class C, class V> struct Kernels {
     flashloom::Kernels<flashloom::Config, flashloom::Variant>::run(*(flashloom::Args*)args->v_int64);      \
     return 0;                                                                                              \
   }
+#endif

@@ -35,7 +35,7 @@ struct Scheduler {
 
   static int32_t aligned(int64_t x, int32_t to) { return (int32_t)min_of<int64_t>(round_up(max_of<int64_t>(x, 1), to), 1 << 30); }
 
-  void run(int32_t group) {
+  FL_COLD void run(int32_t group) {
     const int64_t STATE = a.cut_state ? a.cut_state : 512 << 10;       // bytes of decode rows that should stay in the cache
     const int32_t SHORTEST = a.cut_shortest ? a.cut_shortest : 256;    // keys of a piece, at least
     constexpr int32_t INVARIANT = 2048;       // keys of a piece when results must not depend on the batch
@@ -47,8 +47,10 @@ struct Scheduler {
       if (rows <= limit.decode_rows) decode_work += a.kv_lens[b] * heads;
       else row_work += rows * a.kv_lens[b] * heads, row_units += heads * ((rows + limit.block_rows - 1) / limit.block_rows);
     }
-    // small work is not worth many pieces
-    int64_t decode_share = decode_work / (decode_work < a.threads * 16384 && !a.cut_pieces ? a.threads * 2 : pieces);
+    // small work is not worth many pieces, and the least of it not a second thread, whose start takes microseconds
+    const bool least = !row_work && decode_work <= 192 && !a.cut_pieces;
+    if (least) a.threads = 1;
+    int64_t decode_share = decode_work / (least ? 1 : decode_work < a.threads * 16384 && !a.cut_pieces ? a.threads * 2 : pieces);
     // many rows: blocks as large as leave every thread enough of them
     int64_t block = limit.block_rows;
     while (row_units && row_units < pieces && block > limit.step_rows) block /= 2, row_units *= 2;

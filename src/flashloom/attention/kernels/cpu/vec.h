@@ -9,6 +9,7 @@
 
 #define FL_INLINE inline __attribute__((always_inline))
 #define FL_OUTLINE inline __attribute__((noinline))  // one copy: compile time is a kernel's time, too
+#define FL_COLD inline __attribute__((noinline, cold))  // once per plan: compiled for size
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FL_AVX512 1
