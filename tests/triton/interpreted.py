@@ -9,6 +9,7 @@ from tests.triton.cases import BF16, CASES, E4M3, E5M2, F32, I8, check
 
 import flashloom as fl
 from flashloom import dispatch
+from flashloom.attention.reference import attention_reference
 from flashloom.attention.triton_append import append as triton_append
 from flashloom.kv_cache.append import append_reference
 
@@ -79,3 +80,44 @@ def test_skewed_batches_are_cut_within_ten_percent_of_even(name, monkeypatch):
             work[program % 132] += size
     even = sum(tiles) * heads.kv_heads / 132
     assert max(work) <= 1.1 * even + 1, f"{max(work)} tiles where {even:.1f} would be even"  # no cut within a tile
+
+
+@pytest.mark.parametrize("variant", [fl.full, fl.causal & fl.softcap(5.0)], ids=str)
+@pytest.mark.parametrize("kind", ["paged", "ragged"])
+def test_block_patterns(kind, variant, monkeypatch):
+    monkeypatch.setitem(dispatch.ATTENTION, "cpu", ["flashloom.attention.triton_executor:TritonExecutor"])
+    heads = fl.HeadShape(4, 2, 32)
+    plan = None
+    for q_lens, kv_lens in (([9, 1, 20], [40, 17, 20]), ([5, 3, 8], [70, 5, 9])):
+        rows, keys = [-(-n // 4) for n in q_lens], [-(-n // 8) for n in kv_lens]
+        lists = [
+            torch.randperm(keys[b])[: int(torch.randint(0, keys[b] + 1, ()))].tolist()
+            for b in range(3)
+            for _ in range(rows[b])
+        ]
+        indptr = torch.tensor([0, *map(len, lists)]).cumsum(0).tolist()
+        if kind == "paged":
+            used = [-(-n // 4) for n in kv_lens]
+            starts = torch.tensor([0, *used]).cumsum(0)
+            order = torch.randperm(int(starts[-1])).tolist()
+            kv = fl.PageTable.from_csr(starts, order, [(n - 1) % 4 + 1 for n in kv_lens], page_size=4)
+            k, v = torch.randn(2, len(order), 4, 2, 32)
+        else:
+            kv = fl.RaggedKV(kv_lens)
+            k, v = torch.randn(2, sum(kv_lens), 2, 32)
+        batch = fl.Batch(
+            q_lens=q_lens, kv=fl.BlockSparseKV(kv, indptr, [i for one in lists for i in one], block_q=4, block_kv=8)
+        )
+        if plan is None:
+            plan = fl.Attention(heads, variant=variant, dtype=F32, device="cpu").plan(batch)
+            assert plan.executor == "triton"
+        else:
+            plan.update(batch)
+        q = torch.randn(sum(q_lens), 4, 32)
+        out, lse = plan.run(q, (k, v), return_lse=True)
+        want, want_lse = attention_reference(q, k, v, batch, variant)
+        torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(lse.double(), want_lse.double(), atol=2e-5, rtol=2e-5)
+    other = fl.Batch(q_lens=q_lens, kv=fl.BlockSparseKV(kv, [0] * 4, [], block_q=8, block_kv=8))
+    with pytest.raises(ValueError, match="made for blocks of 4 queries and 8 keys"):
+        plan.update(other)

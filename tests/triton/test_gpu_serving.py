@@ -161,3 +161,20 @@ def test_the_operator_keeps_torchs_rules():
     x = torch.randn(1, 4, 64, 64, device="cuda", dtype=BF16)
     found = torch.library.opcheck(torch.ops.flashloom.attention.default, (x, x, x, fl.causal._handle, None, True))
     assert set(found.values()) == {"SUCCESS"}
+
+
+def test_block_patterns_on_a_gpu():
+    q_lens, kv_lens = [200, 70], [1000, 300]
+    rows, keys = [-(-n // 32) for n in q_lens], [-(-n // 64) for n in kv_lens]
+    lists = [torch.randperm(keys[b])[: 1 + keys[b] // 3].tolist() for b in (0, 1) for _ in range(rows[b])]
+    indptr = torch.tensor([0, *map(len, lists)]).cumsum(0)
+    kv = fl.BlockSparseKV(fl.RaggedKV(kv_lens), indptr, [i for one in lists for i in one], block_q=32, block_kv=64)
+    batch = fl.Batch(q_lens=q_lens, kv=kv)
+    plan = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(batch)
+    assert plan.executor == "triton"
+    q = torch.randn(270, 32, 128, device="cuda", dtype=BF16)
+    k, v = torch.randn(2, 1300, 8, 128, device="cuda", dtype=BF16)
+    want, _ = attention_reference(q, k, v, batch, fl.causal)
+    for _ in range(2):
+        out = plan.run(q, (k, v))
+        assert float((out.double() - want).norm() / want.norm()) < 8e-3

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
-from flashloom.attention.executor import AttentionSpec, Tuned, untuned
+from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
+from flashloom.attention.triton_blocks import Pattern
 from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
 from flashloom.kernel import launch
 from flashloom.kernel.triton import TritonKernel, interpreting
 from flashloom.kv_cache.cache import KV
-from flashloom.kv_cache.pages import PageTable
 from flashloom.target import Target
 
 __all__ = ["TritonExecutor"]
@@ -46,6 +46,9 @@ class TritonExecutor:
         self._low = 0
         self._last: Any = None
         self._last_grid = 0
+        self._pattern: Pattern | None = None
+        self._of_variant: Any = None
+        self._with_pattern: tuple[Any, ...] = ()
         self._same: Any = None
         self._scales: tuple[Any, Any] = (None, None)
         self.repeat: Callable[..., bool] | None = None
@@ -56,8 +59,6 @@ class TritonExecutor:
         """Why it cannot serve this, in a few words, or None."""
         if device.type != "cuda" and not interpreting():
             return "Triton needs a GPU"
-        if spec.block_sparse:
-            return "block patterns are not supported"
         if max(spec.heads.dim, spec.heads.value_dim) > 1024:
             return f"head widths above 1024 are not supported (dim={spec.heads.dim})"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -68,8 +69,11 @@ class TritonExecutor:
 
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Choose the config, build the kernels, allocate the buffers and write the first partition."""
+        if batch.blocks is not None:
+            self._pattern = Pattern(batch, self.device)
+            self.spec = replace(self.spec, program=self._pattern.program(self.spec.program))
         spec, heads = self.spec, self.spec.heads
-        self._paged, self._ragged = isinstance(batch.kv, PageTable), batch.ragged
+        self._paged, self._ragged = batch.kind == "paged", batch.ragged
         self._table_page = batch.page_size
         self._reserve = reserve or Reserve()
         major, minor, processors = 9, 0, 4
@@ -172,6 +176,9 @@ class TritonExecutor:
     def update(self, batch: Batch) -> None:
         """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""
         self._buffers.raise_error(self._sizes)
+        if self._pattern is not None:
+            self._pattern.take(batch)
+            self._of_variant = None
         sizes = self._sizes
         if (
             batch.requests > sizes.requests
@@ -237,6 +244,10 @@ class TritonExecutor:
         """One launch; see `executor.Executor.run`."""
         if self._error[0]:
             self._buffers.raise_error(self._sizes)
+        if self._pattern is not None:
+            if values is not self._of_variant:
+                self._of_variant, self._with_pattern = values, (*values, *self._pattern.values)
+            values = self._with_pattern
         k, v, k_scale, v_scale = kv.k, kv.v, kv.k_scale, kv.v_scale
         state = (
             q.stride(), k.stride(), v.stride(), out.stride(), out.dtype, sm_scale, partial,
@@ -328,18 +339,6 @@ class TritonExecutor:
             f"triton {self.target}: rows x keys {self.config}; {kind} KV, split {split}; workspace "
             f"{self.workspace_size} bytes"
         )
-
-
-def guard(*tensors: torch.Tensor) -> Callable[..., bool] | None:
-    """A function that says in one call whether tensors have the sizes, strides, dtypes, devices and kinds of these, or
-    None where torch offers none or one of them requires gradients."""
-    if any(x.requires_grad for x in tensors):
-        return None
-    try:
-        made = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    except (AttributeError, TypeError):  # not a public name of torch's; without it each argument is looked at in turn
-        return None
-    return made.check
 
 
 def _scale_strides(scale: torch.Tensor | None) -> tuple[int, int]:
