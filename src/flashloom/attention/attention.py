@@ -268,9 +268,10 @@ class Plan:
             return known[1]
         values = self._instance(variant)
         check.batch_fields(self._program, values, self._batch)
-        if len(self._others) >= _VARIANTS_KEPT:
-            self._others.clear()
-        self._others[id(variant)] = (variant, values)
+        if not self._per_batch:  # a batch's own tensors, such as masks, are large and seldom come again
+            if len(self._others) >= _VARIANTS_KEPT:
+                self._others.clear()
+            self._others[id(variant)] = (variant, values)
         return values
 
     def _take(self, variant: Variant) -> None:
