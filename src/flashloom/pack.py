@@ -4,6 +4,8 @@ serving brings.
 
 from __future__ import annotations
 
+import contextvars
+import json
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -12,8 +14,10 @@ from pathlib import Path
 
 from flashloom import dispatch, store
 from flashloom.attention import Attention, Batch
+from flashloom.attention.tuning import tuned_for
 from flashloom.bench.workloads import Workload
 from flashloom.kernel import Kernel
+from flashloom.records import Record
 from flashloom.store.jobs import job_limit
 from flashloom.target import Target
 
@@ -31,7 +35,8 @@ def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch]
     asked = [(one, batch) for batch in batches for one in attentions]
     random.Random(os.getpid()).shuffle(asked)  # so that processes begin with different kernels
     with ThreadPoolExecutor(jobs or job_limit(), "flashloom-prepare") as pool:
-        for _ in pool.map(lambda one: one[0].plan(one[1]), asked):
+        here = [contextvars.copy_context() for _ in asked]  # with the records in force
+        for _ in pool.map(lambda context, one: context.run(one[0].plan, one[1]), here, asked):
             pass
 
 
@@ -52,16 +57,23 @@ class Pack:
             raise ValueError('a pack needs targets; give some, such as Pack(targets=["sm90", "x86-avx2"])')
         self.path: Path | None = None
         self._kernels: dict[str, Kernel] = {}
+        self._records: dict[str, Record] = {}
 
     def add(self, attention: Attention, workloads: Iterable[Workload | Batch]) -> Pack:
         """Add what plans of `attention` for these workloads or batches need, on every target.
 
-        Raises ValueError when a target has no kernel for it.
+        Tuning records in force for it (see `fl.autotune`) travel along, with the kernels of their configs. Raises
+        ValueError when a target has no kernel for it.
         """
         shapes = dict.fromkeys(_shape(workload) for workload in workloads)
         for target in self.targets:
             for shape in shapes:
                 for kernel in dispatch.kernels(attention.spec, target, *shape):
+                    self._kernels.setdefault(store.digest(kernel.fields), kernel)
+            for record, choice in tuned_for(attention.spec, target):
+                self._records[record.key.key] = record
+                page_size = dict(zip(record.sizes, record.bucket))["page_size"]
+                for kernel in dispatch.kernels_of(attention.spec, target, choice.backend, choice.config, page_size):
                     self._kernels.setdefault(store.digest(kernel.fields), kernel)
         return self
 
@@ -96,7 +108,8 @@ class Pack:
             finally:
                 for future in building:
                     future.cancel()
-        store.write_pack(Path(path), entries)
+        found = [self._records[key] for key in sorted(self._records)]
+        store.write_pack(Path(path), entries, [json.loads(record.to_bytes()) for record in found])
         self.path = Path(path)
         return store.PackFile(path)
 

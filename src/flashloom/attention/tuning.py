@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -30,10 +31,10 @@ from flashloom.kernel.cpp import find_compiler
 from flashloom.kernel.source import Source
 from flashloom.kv_cache.pages import PageTable
 from flashloom.lower import triton as lower
-from flashloom.records import Question, Scope, bucket_of
+from flashloom.records import Folder, Question, Record, Scope, bucket_of
 from flashloom.target import Target
 
-__all__ = ["OPERATOR", "Asked", "Choice", "Facts", "Fixed", "candidates", "question", "valid"]
+__all__ = ["OPERATOR", "Asked", "Choice", "Facts", "Fixed", "candidates", "question", "tuned_for", "valid"]
 
 OPERATOR = "attention"
 CPU_SIZES = ("requests", "mean_q", "max_q", "mean_kv", "page_size", "threads")
@@ -174,16 +175,9 @@ def question(spec: AttentionSpec, device: torch.device) -> Question:
 @functools.lru_cache(maxsize=4096)
 def _question(spec: AttentionSpec, device: torch.device, target: Target | None, tensor_parallel: int) -> Question:
     heads = spec.heads
-    backends = _kernels(spec, device)
-    asked = {
-        "heads": [heads.q_heads, heads.kv_heads, heads.dim, heads.value_dim, heads.latent_value],
-        "program": spec.program.digest,
-        "q_dtype": str(spec.q_dtype).removeprefix("torch."),
-        "kv_dtype": str(spec.kv_dtype).removeprefix("torch."),
-        "tensor_parallel": tensor_parallel,
-        "kernels": backends,
-        **(_cpu(target) if target is not None else _gpu(device)),
-    }
+    machine = _cpu(target) if target is not None else _gpu(device)
+    asked = {**_computed(spec, Target(machine["target"])), "tensor_parallel": tensor_parallel, **machine}
+    backends = asked["kernels"]
     label = f"{heads.q_heads}/{heads.kv_heads}x{heads.dim} {asked['q_dtype']}"
     label += f", {asked['kv_dtype']} KV" if spec.kv_dtype != spec.q_dtype else ""
     return Question(
@@ -196,16 +190,42 @@ def _question(spec: AttentionSpec, device: torch.device, target: Target | None, 
     )
 
 
-def _kernels(spec: AttentionSpec, device: torch.device) -> dict[str, str]:
+def _computed(spec: AttentionSpec, target: Target) -> dict[str, Any]:
+    """The part of a question that no machine is needed for."""
+    heads = spec.heads
+    return {
+        "heads": [heads.q_heads, heads.kv_heads, heads.dim, heads.value_dim, heads.latent_value],
+        "program": spec.program.digest,
+        "q_dtype": str(spec.q_dtype).removeprefix("torch."),
+        "kv_dtype": str(spec.kv_dtype).removeprefix("torch."),
+        "kernels": _kernels(spec, target),
+    }
+
+
+def tuned_for(spec: AttentionSpec, target: Target) -> list[tuple[Record, Choice]]:
+    """The records in force that answer for a spec on a target, whatever machine of that kind they were found on."""
+    if spec.batch_invariant or spec.block_sparse:
+        return []
+    wanted = _computed(spec, target) | {"target": target.name}
+    found: dict[str, tuple[Record, Choice]] = {}
+    for layer in records.current().layers:
+        for record in layer.records() if isinstance(layer, Folder) else getattr(layer, "all", ()):
+            if record.operator == OPERATOR and all(record.fields.get(name) == x for name, x in wanted.items()):
+                with suppress(ValueError, TypeError, KeyError):
+                    found.setdefault(record.key.key, (record, Choice.read(record.config, wanted["kernels"])))
+    return list(found.values())
+
+
+def _kernels(spec: AttentionSpec, target: Target) -> dict[str, str]:
     """Digests of the kernels between which a record chooses, by backend: of sources with all that they include, and of
     what is generated for the variant."""
-    if device.type == "cpu":
+    if target.is_cpu:
         from flashloom.attention import cpu
 
-        return {"cpu": store.digest(cpu.kernel(spec, Target.here()).fields)}
+        return {"cpu": store.digest(cpu.kernel(spec, target).fields)}
     shared = [Source(f"{triton_asked.KERNELS}.plan", "plan").identity, lower.functions(spec.program).text]
     found = {"triton": store.digest([Source(f"{triton_asked.KERNELS}.attend", "attend").identity, *shared])}
-    if torch.cuda.get_device_capability(device) == (9, 0) and hopper_asked.unsuitable(spec) is None:
+    if target.name == "sm90" and hopper_asked.unsuitable(spec) is None:
         found["hopper"] = store.digest(
             [Source("flashloom.attention.kernels.hopper.attend", "attend").identity, *shared]
         )

@@ -46,8 +46,8 @@ class Bundle:
 
     def __init__(self, records: Iterable[Record], name: str) -> None:
         self.name = name
-        self.records = list(records)
-        self._by_request = {(record.operator, record.key.request): record for record in self.records}
+        self.all = list(records)
+        self._by_request = {(record.operator, record.key.request): record for record in self.all}
 
     def find(self, question: Question, bucket: tuple[int, ...]) -> Record | None:
         """The record of a key, or None."""

@@ -48,10 +48,10 @@ class Question:
     @cached_property
     def digest(self) -> str:
         """Of operator, fields and the meaning of the sizes."""
-        return digest({"operator": self.operator, "fields": self.fields, "sizes": list(self.sizes)})
+        return digest({"operator": self.operator, "fields": self.fields, "sizes": sorted(self.sizes)})
 
     def key(self, bucket: tuple[int, ...]) -> Key:
         """Where the record of this bucket is kept. Raises ValueError for a bucket of another length."""
         if len(bucket) != len(self.sizes):
             raise ValueError(f"bucket {bucket}: give one number each for {', '.join(self.sizes)}")
-        return Key.of({"question": self.digest, "bucket": list(bucket)}, self.toolchain or {})
+        return Key.of({"question": self.digest, "bucket": dict(zip(self.sizes, bucket))}, self.toolchain or {})

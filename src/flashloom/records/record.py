@@ -74,8 +74,8 @@ class Record:
 
     @property
     def key(self) -> Key:
-        question = digest({"operator": self.operator, "fields": self.fields, "sizes": list(self.sizes)})
-        return Key.of({"question": question, "bucket": list(self.bucket)}, self.toolchain or {})
+        question = digest({"operator": self.operator, "fields": self.fields, "sizes": sorted(self.sizes)})
+        return Key.of({"question": question, "bucket": dict(zip(self.sizes, self.bucket))}, self.toolchain or {})
 
     @property
     def tuned(self) -> bool:

@@ -7,6 +7,7 @@ them lies the base: the user's own folder and the packs in use, which other thre
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from flashloom import settings
+from flashloom.records.bundle import Bundle
 from flashloom.records.folder import Folder, Layer, Memory
 from flashloom.records.question import Question
-from flashloom.records.record import Record, Rejected
+from flashloom.records.record import Record, Rejected, parse
 from flashloom.settings import Settings
+from flashloom.store import pack as packs
+from flashloom.store.pack import PackFile
 from flashloom.store.store import default_folder
 
 __all__ = [
@@ -227,6 +231,18 @@ def add_layer(layer: Layer) -> None:
     forget()
 
 
+def take_pack(pack: PackFile) -> None:
+    """Ask the records of a pack in use. Those that are damaged are left out, with a warning."""
+    whole = []
+    for listed in pack.records:
+        try:
+            whole.append(parse(json.dumps(listed).encode(), origin=str(pack.path)))
+        except Rejected as error:
+            log.warning("a tuning record in the pack %s is not used: %s", pack.path, error)
+    if whole:
+        add_layer(Bundle(whole, str(pack.path)))
+
+
 def forget() -> None:
     """Make the base anew and ask all layers again."""
     global _base
@@ -239,3 +255,8 @@ def _has(layer: Layer, operator: str) -> bool:
         return layer.has(operator)
     except OSError:
         return False
+
+
+packs.on_use.append(take_pack)
+for _pack in packs.USED:
+    take_pack(_pack)

@@ -15,7 +15,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from flashloom.store.folder import check_owner
 __all__ = ["PackFile", "use", "write_pack"]
 
 _MAGIC = b"flashloom pack 1\n"
+#: Packs in use, the last used last, and who wants to know of others.
+USED: list[PackFile] = []
+on_use: list[Callable[[PackFile], None]] = []
 
 
-def write_pack(path: Path, entries: Iterable[Entry]) -> None:
-    """Write a pack, whole or not at all. Order, build times and what was in the store before leave no trace in it."""
+def write_pack(path: Path, entries: Iterable[Entry], records: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write a pack, whole or not at all. records: what travels with the kernels, as JSON. Order, build times and what
+    was in the store before leave no trace in it."""
     listed, blobs, offset = [], {}, 0
     data: list[bytes] = []
     for entry in sorted(entries, key=lambda entry: (entry.key.request, entry.key.key)):
@@ -52,7 +56,8 @@ def write_pack(path: Path, entries: Iterable[Entry]) -> None:
                 "files": files,
             }
         )
-    manifest = zlib.compress(canonical({"format": FORMAT, "entries": listed, "blobs": blobs, "bytes": offset}), 9)
+    body = {"format": FORMAT, "entries": listed, "blobs": blobs, "bytes": offset}
+    manifest = zlib.compress(canonical(body | ({"records": list(records)} if records else {})), 9)
     head = _MAGIC + digest(manifest).encode() + b"\n" + str(len(manifest)).encode() + b"\n"
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
@@ -80,6 +85,7 @@ class PackFile:
         manifest = self._manifest(status.st_size)
         self.size = status.st_size
         self.entries: list[dict[str, Any]] = manifest["entries"]
+        self.records: list[dict[str, Any]] = manifest.get("records", [])
         self._blobs: dict[str, list[int]] = manifest["blobs"]
         self._requests = {listed["request"]: listed for listed in reversed(self.entries)}
 
@@ -164,4 +170,7 @@ def use(path: str | os.PathLike[str], on_miss: str = "build") -> PackFile:
         raise ValueError(f'on_miss={on_miss!r} is unknown; give "build" or "error"')
     pack = PackFile(path)
     store.add_layer(str(pack.path.resolve()), _Layer(pack).find, required=on_miss == "error")
+    USED.append(pack)
+    for take in on_use:
+        take(pack)
     return pack
