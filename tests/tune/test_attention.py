@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from flashloom import records, store
 from flashloom.attention import tuning
 from flashloom.attention.kernels.cpu import config as cpu_config
 from flashloom.attention.kernels.cpu.config import Config
+from flashloom.attention.kernels.hopper import asked as hopper_asked
 from flashloom.attention.kernels.hopper import config as hopper_config
 from flashloom.attention.kernels.hopper import offered as hopper_offered
 from flashloom.attention.kernels.triton import config as triton_config
 from flashloom.attention.reference import attend_tokens, attention_reference
-from flashloom.attention.tuning import Choice, Facts, Fixed
+from flashloom.attention.tuning import OPERATOR, Choice, Facts, Fixed
 from flashloom.kv_cache.views import as_kv
 from flashloom.records import Folder, Record
 from flashloom.store import store as store_module
+from flashloom.target import Target
 from flashloom.tune import tuner
 from flashloom.tune.attention import AttentionOperator, NothingToTune
 
@@ -303,6 +306,67 @@ def test_all_gpu_candidates_are_offered_and_fit(monkeypatch):
         assert hopper_offered.valid(default, heads, page_size)
         for config in [*found, default]:
             assert Choice.read(Choice("hopper", config).to_json(), {"hopper": ""}).config == config
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """An H100, as far as questions, candidates and keys of kernels can tell."""
+    seen = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (seen.major, seen.minor))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: seen)
+    tuning._question.cache_clear()
+    yield seen
+    tuning._question.cache_clear()
+
+
+def test_on_a_gpu_a_record_chooses_between_backends(attention, pretended, cache):
+    device = torch.device("cuda", 0)
+    spec = fl.Attention(fl.HeadShape(32, 8, 128), variant=fl.causal, dtype=torch.bfloat16, device="cpu").spec
+    asked = tuning.question(spec, device)
+    assert asked.fields["device"] == "NVIDIA H100"
+    assert asked.fields["target"] == "sm90"
+    assert set(asked.fields["kernels"]) == {"triton", "hopper"}
+    assert asked.sizes == tuning.GPU_SIZES
+    for q, page_size in ((1, 16), (512, 16), (512, 0), (512, 12)):
+        facts = Facts(8, q, q, 0, page_size, 0)
+        default = Choice("hopper", hopper_asked.choose(spec, q, page_size or 0))
+        if q == 1 or page_size == 12:
+            default = Choice("triton", triton_config.choose(tuning._need(spec, device, facts)))
+        found = tuning.candidates(spec, device, facts, default)
+        assert 20 < len(found) <= tuning.MOST
+        assert default not in found
+        assert {choice.backend for choice in found} == ({"triton"} if page_size == 12 else {"triton", "hopper"})
+        for choice in found:
+            assert tuning.valid(choice, spec, device, facts)
+            assert asked.read(choice.to_json()) == choice
+            names = fl.dispatch.kernels_of(spec, Target("sm90"), choice.backend, choice.config, page_size, True)
+            assert len(names) == 2
+    facts = Facts(8, 1, 1, 0, 16, 0)
+    won = tuning.candidates(
+        spec, device, facts, Choice("triton", triton_config.choose(tuning._need(spec, device, facts)))
+    )[0]
+    bucket = facts.bucket(False)
+    Folder.at(cache).publish(
+        Record(OPERATOR, asked.fields, asked.toolchain, asked.sizes, bucket, won.to_json(), won.to_json(), 1.0, 0.0)
+    )
+    batch = fl.Batch.decode(fl.PageTable.from_csr([*range(8)], [*range(7)], [16] * 7, page_size=16))
+    with fl.autotune(tune=False, cache=cache):
+        ask = tuning.Asked(spec, device, fl.Reserve(requests=8))
+    assert ask(batch) == won
+    assert ask.of(won.backend)(batch) == won.config
+    assert ask.of("reference")(batch) is None
+    pretended.multi_processor_count = 114
+    tuning._question.cache_clear()
+    with fl.autotune(tune=False, cache=cache):
+        assert tuning.Asked(spec, device, fl.Reserve(requests=8))(batch) is None, "another device"
+
+
+def test_other_gpus_have_no_hopper_candidates(pretended):
+    pretended.major, pretended.minor = 8, 0
+    spec = fl.Attention(fl.HeadShape(32, 8, 128), variant=fl.causal, dtype=torch.bfloat16, device="cpu").spec
+    device, facts = torch.device("cuda", 0), Facts(1, 512, 512, 0, 16, 0)
+    default = Choice("triton", triton_config.choose(tuning._need(spec, device, facts)))
+    assert {choice.backend for choice in tuning.candidates(spec, device, facts, default)} == {"triton"}
 
 
 def test_a_batch_of_another_bucket_is_another_key_and_the_same_batch_the_same(attention):
