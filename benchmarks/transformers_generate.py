@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -42,7 +43,7 @@ CALLS = {
     "cuda": [(1, 1024, 64, False), (8, 1024, 64, False), (8, 1024, 64, True), (8, 4096, 64, False)],
     "cpu": [(1, 512, 32, False), (4, 512, 32, False), (4, 512, 32, True)],
 }
-REQUESTS = {"cuda": 32, "cpu": 8}  # of generate_batch
+REQUESTS, LONGEST = {"cuda": 32, "cpu": 8}, {"cuda": 1024, "cpu": 256}  # of generate_batch, prompt tokens
 PEER = "sdpa"
 
 
@@ -116,8 +117,9 @@ def check_all(families: list[str], device: str) -> None:
 
 
 @torch.no_grad()
-def speed(device: str, rounds: int) -> dict:
-    """Seconds of generate() and generate_batch(), the implementations taking turns; medians."""
+def speed(device: str, rounds: int, only: str) -> Iterator[dict]:
+    """A row each for generate() and generate_batch(): seconds of the implementations taking turns, medians. `only`:
+    rows whose name holds it."""
     dtype = torch.bfloat16
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**SIZES[device], vocab_size=32000, max_position_embeddings=8192, pad_token_id=0,
@@ -127,21 +129,21 @@ def speed(device: str, rounds: int) -> dict:
         model = transformers.LlamaForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
-    rows = []
     for batch, prompt, new, padded in CALLS[device]:
         ids = torch.randint(2, 32000, (batch, prompt), device=device)
         mask = torch.ones_like(ids)
         for b in range(batch if padded else 0):
             mask[b, : b * prompt // (2 * batch)] = 0
         title = f"generate, {batch} x {prompt} + {new}{', left padding' if padded else ''}"
-        rows.append(compare(partial(generate, model, ids * mask, mask), device, new, batch, rounds, title))
-    _, longest, new, _ = CALLS[device][-1]
+        if only in title:
+            yield compare(partial(generate, model, ids * mask, mask), device, new, batch, rounds, title)
+    longest, new = LONGEST[device], CALLS[device][0][2]
     prompts = [torch.randint(2, 32000, (longest // 8 * (1 + i % 8),)).tolist() for i in range(REQUESTS[device])]
     title = f"generate_batch, {len(prompts)} prompts of {longest // 8} to {longest} + {new}"
     batching = {"block_size": 64, "num_blocks": sum(map(len, prompts)) // 64 * 2, "max_batch_tokens": 2 * longest}
-    call = partial(serve, model, prompts, **batching)
-    rows.append(compare(call, device, new, len(prompts), rounds, title))
-    return {**describe(), "model": f"Llama {SIZES[device]}, bfloat16", "rows": rows}
+    if only in title:
+        call = partial(serve, model, prompts, **batching)
+        yield compare(call, device, new, len(prompts), rounds, title)
 
 
 def generate(model, ids: torch.Tensor, mask: torch.Tensor, name: str, new: int) -> None:
@@ -185,6 +187,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--family", choices=FAMILIES)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="rows of `speed` whose name holds this")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -197,10 +200,12 @@ def main() -> None:
         else:
             check_all(list(FAMILIES), given.device)
         return
-    found = speed(given.device, given.rounds)
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / f"transformers_generate_{given.device}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict = {**describe(), "model": f"Llama {SIZES[given.device]}, bfloat16", "rows": []}
+    for row in speed(given.device, given.rounds, given.only):
+        found["rows"].append(row)
+        path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")
 
 

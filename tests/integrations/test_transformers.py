@@ -1,16 +1,20 @@
 """transformers with flashloom against the same models with SDPA (eager where SDPA is not offered), tiny and seeded."""
 
+import itertools
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers", reason="the transformers integration is optional")
 
-from tests.integrations.tiny import DECODERS, SMALL, build, llama, llama4, mistral  # noqa: E402
+from tests.integrations.tiny import DECODERS, PLAIN, SMALL, build, llama, llama4, mistral  # noqa: E402
 
 from flashloom.integrations import transformers_masks as masks  # noqa: E402
 from flashloom.integrations.transformers import flashloom_attention, register  # noqa: E402
 
 register()
+
+LEFT = [(maker, "left") for maker in PLAIN]
 
 
 def both(model, peer, call):
@@ -31,8 +35,7 @@ def batch(padding, lengths=(13, 5, 9)):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("maker", DECODERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("maker", "padding"), [*itertools.product(DECODERS, [None, "left", "right"]), *LEFT])
 def test_logits(maker, padding):
     model, peer = build(maker)
     ids, mask = batch(padding) if padding else (batch("left")[0].clamp(min=2), None)
@@ -48,8 +51,7 @@ def test_logits(maker, padding):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("maker", DECODERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("maker", "padding"), [*itertools.product(DECODERS, ["left", "right"]), *LEFT])
 def test_generate(maker, padding, cache):
     if cache == "static" and maker is llama4:
         pytest.skip("transformers 5.17 cannot make the chunked mask of a static cache")

@@ -61,7 +61,8 @@ def phi():
     return transformers.PhiForCausalLM(transformers.PhiConfig(**DECODER)), "sdpa"
 
 
-DECODERS = [llama, mistral, gemma2, gpt_oss, llama4, qwen2, qwen3, phi]
+DECODERS = [llama, mistral, gemma2, gpt_oss, llama4]
+PLAIN = [qwen2, qwen3, phi]  # with the attention of Llama
 
 
 def build(maker, device="cpu"):
