@@ -240,6 +240,27 @@ def test_strides(dtype: torch.dtype) -> None:
     assert float((lse[seen] - want_lse[seen]).abs().max()) < 1e-4
 
 
+def test_repeated_runs() -> None:
+    """A run takes over nothing from the one before that has changed: addresses, strides, dtypes, lse, scales."""
+    p = problem(Case(fl.causal & fl.alibi(SLOPES.abs()), dtype=torch.bfloat16))
+    plan = p.attention.plan(p.batch)
+    want, want_lse = p.expected()
+    wide = torch.zeros(p.q.shape[0], p.q.shape[1], 2 * p.q.shape[2], dtype=p.q.dtype)[..., : p.q.shape[2]]
+    wide.copy_(p.q)
+    half = torch.tensor([0.5])
+    for _ in range(2):
+        for q in (p.q, p.q.clone(), wide):
+            for kv in (p.kv, tuple(x.clone() for x in p.kv)):
+                close(plan.run(q, kv), want, torch.bfloat16)
+                close(plan.run(q, kv, out=torch.empty(want.shape)), want, torch.bfloat16)
+                _, lse = plan.run(q, kv, return_lse=True)
+                assert torch.equal(lse == -torch.inf, want_lse == -torch.inf)
+        close(plan.run(p.q, (*p.kv, torch.ones(1), half)), want * 0.5, torch.bfloat16)
+        close(plan.run(p.q, (*p.kv, torch.ones(1), half * 2)), want, torch.bfloat16)
+    q = p.q * 2
+    close(plan.run(q, p.kv), attention_reference(q, *p.kv, p.batch, p.variant)[0], torch.bfloat16)
+
+
 def test_far_apart() -> None:
     """Element offsets beyond 2^31: two pages at the ends of a large reserved array."""
     pages, page = 2, 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 import threading
 import weakref
 from collections import deque
@@ -56,6 +57,9 @@ class Args(ctypes.Structure):
             "cut_pieces cut_shortest cut_state cut_decode_rows cut_block_rows"
         ).split()
     ]
+
+
+FIRST = struct.Struct("4q")  # q, k, v and out, written together
 
 
 def source(spec: AttentionSpec) -> str:
@@ -294,11 +298,10 @@ class CpuExecutor:
             return False
         if _threads() != self._threads:
             return False
-        a = self._args
-        a.q, a.k, a.v, a.out = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        FIRST.pack_into(self._args, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         self._kv = _nothing
         if self._values:
-            a.words = self._words(self._values)
+            self._args.words = self._words(self._values)
         self._run(self._address)
         return True
 

@@ -44,7 +44,7 @@ def _timed(suite: str, case: str, workload: Workload, dtype: torch.dtype, option
 
 def _prefill(full: bool, options: Options) -> list[Task]:
     options = replace(options, against=("sdpa", "flex") if full else ("sdpa",))
-    lengths = (1024, 2048, 4096) if full else (1024, 2048)
+    lengths = (1024, 2048, 4096)
     bf16 = [_timed("prefill", c, prefill(LLAMA, s), BF16, options) for c in ("full", "causal") for s in lengths]
     f32 = [_timed("prefill", c, prefill(LLAMA, 1024), F32, options) for c in ("full", "causal")]
     return bf16 + f32
