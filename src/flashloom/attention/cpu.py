@@ -208,7 +208,7 @@ class CpuExecutor:
         )
         a.page_indptr, a.pages = _address(batch.page_indptr), _address(batch.pages)
         a.page_size, a.requests = batch.page_size, batch.requests
-        self._threads = a.threads = _threads()  # the schedule may take fewer
+        a.threads = threads = _threads()  # the schedule may take fewer
         config = self.tuned(batch) or DEFAULT
         if config is not self._asked:
             self._asked = config
@@ -224,6 +224,7 @@ class CpuExecutor:
         a.workspace = self._buffer("workspace", a.workspace_size * 4)
         a.counters = self._buffer("counters", a.counter_count * 4)
         a.scratch = self._buffer("scratch", a.scratch_size * a.threads)
+        self._threads = threads
 
     def _buffer(self, name: str, size: int) -> int:
         """Address, aligned to a page, of a buffer of the plan's own, which grows if it has to. Counters begin as zero
