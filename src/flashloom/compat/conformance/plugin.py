@@ -52,12 +52,12 @@ def pytest_configure(config: Any) -> None:
     config.addinivalue_line("markers", "long_running: of FlashInfer's runner")
     if config.getoption("--on") == "cpu":
         # what tests ask of the GPU that they were written for
-        torch.cuda.get_device_capability = lambda *args: (9, 0)  # type: ignore[assignment]
-        torch.cuda.synchronize = lambda *args: None  # type: ignore[assignment]
-        torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+        torch.cuda.get_device_capability = lambda *args: (9, 0)
+        torch.cuda.synchronize = lambda *args: None
+        torch.cuda.empty_cache = lambda: None
         from flashloom.compat.flashinfer import utils
 
-        utils.get_compute_capability = lambda device: (9, 0)  # type: ignore[assignment]
+        utils.get_compute_capability = lambda device: (9, 0)
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

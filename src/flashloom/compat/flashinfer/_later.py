@@ -22,6 +22,7 @@ TABLE = {
     "concat_ops": "concat_mla_k",
     "cudnn": "cudnn_batch_decode_with_kv_cache cudnn_batch_prefill_with_kv_cache",
     "decode": "BatchDecodeMlaWithPagedKVCacheWrapper cudnn_batch_decode_with_kv_cache "
+    "single_decode_with_kv_cache_with_jit_module "
     "trtllm_batch_decode_with_kv_cache_mla xqa_batch_decode_with_kv_cache_mla",
     "fp4_quantization": "block_scale_interleave e2m1_and_ufp8sf_scale_to_float fp4_quantize mxfp4_dequantize "
     "mxfp4_dequantize_host mxfp4_quantize nvfp4_batched_quantize nvfp4_block_scale_interleave nvfp4_kv_dequantize "
@@ -38,6 +39,8 @@ TABLE = {
     "gemm_fp8_nt_blockscaled gemm_fp8_nt_groupwise group_deepgemm_fp8_nt_groupwise group_gemm_fp8_nt_groupwise mm_bf16 "
     "mm_bf16_fp4 mm_fp4 mm_fp8 mm_mxfp8 prepare_bf16_fp4_weights tgv_gemm_sm100 tinygemm_bf16",
     "grouped_mm": "grouped_mm_bf16 grouped_mm_fp4 grouped_mm_fp8 grouped_mm_mxfp8",
+    "jit.attention": "gen_batch_mla_module gen_customize_batch_decode_module gen_customize_batch_prefill_module "
+    "gen_customize_single_decode_module gen_customize_single_prefill_module",
     "kda": "RecurrentKDAPrefillWrapper recurrent_kda",
     "mamba": "selective_state_update",
     "mla": "BatchMLAPagedAttentionWrapper trtllm_batch_decode_with_kv_cache_mla",
@@ -68,7 +71,7 @@ TABLE = {
     "xqa": "xqa_mla",
 }
 #: Modules that only make their names known here, not at the top of the package.
-_BELOW = {"autotuner", "comm.mnnvl", "testing", "utils"}
+_BELOW = {"autotuner", "comm.mnnvl", "jit.attention", "testing", "utils"}
 
 
 class _Refusing(type):

@@ -16,11 +16,14 @@ from flashloom.compat.flashinfer._single import single_decode_with_kv_cache
 from flashloom.compat.flashinfer._tables import trtllm_batch_decode_with_kv_cache, xqa_batch_decode_with_kv_cache
 from flashloom.compat.flashinfer._variants import Rules
 from flashloom.compat.flashinfer._wrapper import Wrapper
+from flashloom.compat.flashinfer.jit.attention import gen_batch_decode_module, gen_single_decode_module
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "fast_decode_plan",
+    "gen_batch_decode_module",
+    "gen_single_decode_module",
     "single_decode_with_kv_cache",
     "trtllm_batch_decode_with_kv_cache",
     "xqa_batch_decode_with_kv_cache",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from flashloom.compat.flashinfer import _later, utils
+from flashloom.compat.flashinfer.jit import gen_page_module
 from flashloom.kv_cache import append
 from flashloom.kv_cache.views import as_kv
 
-__all__ = ["append_paged_kv_cache", "get_batch_indices_positions", "get_seq_lens"]
+__all__ = ["append_paged_kv_cache", "gen_page_module", "get_batch_indices_positions", "get_seq_lens"]
 
 __getattr__ = _later.names(__name__)
 

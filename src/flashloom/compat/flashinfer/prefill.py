@@ -15,10 +15,13 @@ from flashloom.compat.flashinfer import _plans as plans
 from flashloom.compat.flashinfer._single import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
 from flashloom.compat.flashinfer._variants import ItemScoring, Rules, packed
 from flashloom.compat.flashinfer._wrapper import Wrapper
+from flashloom.compat.flashinfer.jit.attention import gen_batch_prefill_module, gen_single_prefill_module
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
+    "gen_batch_prefill_module",
+    "gen_single_prefill_module",
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]

@@ -1,7 +1,10 @@
 """flashinfer.jit.attention."""
 
+from flashloom.compat.flashinfer import _later
 from flashloom.compat.flashinfer.jit.attention import variants
 from flashloom.compat.flashinfer.jit.core import generator
+
+__getattr__ = _later.names(__name__)
 
 gen_batch_attention_module = generator("batch_attention")
 gen_batch_decode_module = generator("batch_decode")
