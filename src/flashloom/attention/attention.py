@@ -16,6 +16,7 @@ from flashloom.attention import check, pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.shape import HeadShape
+from flashloom.kernel.cuda import stream_of
 from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout
 from flashloom.kv_cache.views import as_kv
 from flashloom.variant import full
@@ -298,7 +299,7 @@ class Plan:
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
         if stream != self._stream:
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
-                former = torch.cuda.ExternalStream(self._stream, device=self._device)
+                former = stream_of(self._stream, self._device)
                 if not former.query():
                     torch.cuda.current_stream(self._device).wait_stream(former)
             self._stream = stream

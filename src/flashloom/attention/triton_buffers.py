@@ -4,6 +4,8 @@ values reach the device."""
 from __future__ import annotations
 
 import ctypes
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +105,10 @@ class Buffers:
         )
 
 
+#: Pinned buffers of plans that are gone, each until a kernel that may still read it is done.
+_leaving: list[tuple[torch.cuda.Event | None, list[torch.Tensor]]] = []
+
+
 class Staging:
     """Host values on their way to the device: pinned buffers in turn, which the planner kernel reads where they are, or
     a copy of them where they are many. An event is recorded after every few turns, and waited for before the first of
@@ -115,9 +121,19 @@ class Staging:
     def __init__(self, device: torch.device):
         self.device = device
         self.turn = -1
-        self.capacity = 0
+        self.capacity, self.stream = 0, 0
+
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # modules may be gone by then
+        if not self.capacity or finalizing():
+            return
+        event = None
+        if not torch.cuda.is_current_stream_capturing():  # nothing may be recorded then: the buffers stay
+            event = torch.cuda.Event()
+            event.record(cuda.stream_of(self.stream, self.device))
+        _leaving.append((event, self.host))
 
     def _reserve(self, entries: int) -> None:
+        _leaving[:] = [pair for pair in _leaving if pair[0] is None or not pair[0].query()]
         self.capacity = max(entries, 256)
         self.host = [torch.empty(self.capacity, dtype=torch.int32, pin_memory=True) for _ in range(self.TURNS)]
         self.starts = [h.data_ptr() for h in self.host]
@@ -133,6 +149,7 @@ class Staging:
             if self.capacity:
                 torch.cuda.current_stream(self.device).synchronize()  # the old buffers may still be read
             self._reserve(max(entries, capacity))
+        self.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         self.turn = turn = (self.turn + 1) % self.TURNS
         if turn % self.MARKED == 0:
             group = turn // self.MARKED

@@ -20,7 +20,7 @@ from flashloom import settings, store
 from flashloom.kernel.resident import Resident
 from flashloom.store import Entry
 
-__all__ = ["CudaError", "Function", "Launch", "copy_to_device", "load"]
+__all__ = ["CudaError", "Function", "Launch", "copy_to_device", "load", "stream_of"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
@@ -56,6 +56,11 @@ def _use_context(index: int) -> None:
     _check(_driver().cuDeviceGet(ctypes.byref(device), index), f"finding CUDA device {index}")
     _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), f"the context of CUDA device {index}")
     _check(_driver().cuCtxSetCurrent(context), f"using the context of CUDA device {index}")
+
+
+def stream_of(address: int, device: torch.device) -> torch.cuda.Stream:
+    """torch's stream of an address; ExternalStream makes a new stream of 0, which is the default stream."""
+    return torch.cuda.ExternalStream(address, device=device) if address else torch.cuda.default_stream(device)
 
 
 def copy_to_device(to: int, start: int, size: int, device: torch.device) -> None:
