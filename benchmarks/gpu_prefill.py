@@ -90,7 +90,7 @@ CHECKS = {
 
 # other ways to run the kernel, timed beside the default one, by the rows they are tried on
 TRIED: dict[str, dict[str, dict]] = {
-    "64 of 100-8000": {"one q": {"q_stages": 1}},
+    "64 of 100-8000": {"queries loaded one tile at a time": {"q_stages": 1}},
 }
 SHAPES = [(16, 1024), (4, 4096), (1, 16384)]
 

@@ -27,7 +27,7 @@ from flashloom.target import Target
 __all__ = ["HopperExecutor"]
 
 FEW_ROWS = 64  # packed query rows of the mean request, up to which the Triton kernels, which split keys, are the better
-FEW_TILES, LONG = 24, 1024  # with fewer tiles than this, keys of so many tokens are worth splitting
+FEW_TILES, LONG = 40, 1024  # with fewer tiles than this, keys of so many tokens are worth splitting
 UNSPLIT = 1 << 30  # the planner's way to say that keys are not split
 
 _log = logging.getLogger("flashloom")

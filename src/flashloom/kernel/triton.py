@@ -127,7 +127,9 @@ class TritonKernel:
         source = self._source(function, types, attributes)
         target = GPUTarget("cuda", int(self.target.name.removeprefix("sm")), 32)
         backend = make_backend(target)
-        options = backend.parse_options({"num_warps": self.num_warps, "num_stages": self.num_stages})
+        # fused multiply-adds are what the kernels count on; Triton 3.10 no longer assumes them
+        chosen = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        options = backend.parse_options(chosen)
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)

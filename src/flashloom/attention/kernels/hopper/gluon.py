@@ -32,6 +32,6 @@ jit = _gluon.jit
 tma_load = _tma.async_load if hasattr(_tma, "async_load") else _tma.async_copy_global_to_shared
 tma_store = _tma.async_store if hasattr(_tma, "async_store") else _tma.async_copy_shared_to_global
 tma_store_wait = _tma.store_wait
-copy_rows = _async_copy.async_copy_global_to_shared
+copy_rows = _async_copy.async_load if hasattr(_async_copy, "async_load") else _async_copy.async_copy_global_to_shared
 copy_rows_arrive = _async_copy.mbarrier_arrive
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
