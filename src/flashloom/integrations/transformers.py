@@ -3,6 +3,7 @@
     from flashloom.integrations.transformers import register
     register()
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashloom")
+    model.generate_batch(prompts)  # continuous batching, by `paged|flashloom` (transformers_paged.py)
 
 The mask function is registered with the attention function: without it transformers passes no mask at all, and padded
 batches are silently wrong. Masks stay descriptions (transformers_masks.py), and each becomes a variant and a batch:
