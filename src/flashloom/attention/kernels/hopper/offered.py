@@ -3,7 +3,7 @@ out."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from flashloom.attention.kernels.hopper.config import LEAST_BOX, Config, box_rows, width
 from flashloom.attention.shape import HeadShape
@@ -23,16 +23,11 @@ OFFERED: dict[str, tuple[int, ...]] = {
     "registers": tuple(range(24, 241, 8)),
     "other_registers": tuple(range(24, 241, 8)),
 }
-_HAS_CONSUMERS = any(field.name == "consumers" for field in fields(Config))
-
-
-def _consumers(config: Config) -> int:
-    return getattr(config, "consumers", 2)
 
 
 def valid(config: Config, heads: HeadShape, page_size: int) -> bool:
     """Whether the kernel computes these heads with these pages (0: a request is one run of tokens), and fits."""
-    keys, values, consumers = width(heads.dim), width(heads.value_dim), _consumers(config)
+    keys, values, consumers = width(heads.dim), width(heads.value_dim), config.consumers
     rows = consumers * 64 * (keys + (0 if keys == values == 256 else values))
     size = 2 * (rows + config.stages * config.block_n * (keys + values)) + 2048
     threads = consumers * 128 * config.registers + 4 * 32 * config.other_registers
@@ -54,9 +49,10 @@ def candidates(default: Config, heads: HeadShape, page_size: int) -> list[Config
             for pack in (n for n in POWERS if heads.group % n == 0 and n <= 64):
                 one = replace(default, block_n=block_n, stages=stages, pack=pack, box=box)
                 found.append(one)
-                if _consumers(default) == 2:
+                if default.consumers == 2:
                     found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 72), (232, 40))]
-    if _HAS_CONSUMERS and max(width(heads.dim), width(heads.value_dim)) == 64:
-        more = {"consumers": 3, "registers": 152, "other_registers": 56}
-        found.append(replace(default, **more if _consumers(default) == 2 else {"consumers": 2}))
+    if max(width(heads.dim), width(heads.value_dim)) == 64:
+        three = {"consumers": 3, "registers": 160, "other_registers": 32}
+        two = {"consumers": 2, "registers": 232, "other_registers": 40}
+        found.append(replace(default, **(three if default.consumers == 2 else two)))
     return [config for config in dict.fromkeys(found) if config != default and valid(config, heads, page_size)]
