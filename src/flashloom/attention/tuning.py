@@ -293,8 +293,8 @@ def candidates(spec: AttentionSpec, device: torch.device, facts: Facts, default:
         found = [Choice("cpu", c) for c in cpu_config.candidates(rows, facts.mean_kv, spec.heads.kv_heads, tiles)]
     else:
         need = _need(spec, device, facts)
-        usual = {"triton": triton_config.choose(need)}
-        made = {"triton": triton_config.candidates(need)}
+        usual: dict[str, Any] = {"triton": triton_config.choose(need)}
+        made: dict[str, Any] = {"triton": triton_config.candidates(need)}
         if "hopper" in question(spec, device).fields["kernels"]:
             chosen = usual["hopper"] = hopper_asked.choose(spec, facts.mean_q, facts.page_size)
             made["hopper"] = hopper_offered.candidates(chosen, spec.heads, facts.page_size)
