@@ -11,6 +11,7 @@ import torch
 
 import flashloom as fl
 from flashloom.attention import Attention, Batch, HeadShape, Plan, Reserve
+from flashloom.compat.flashinfer import utils
 from flashloom.compat.flashinfer._variants import LOG2E
 from flashloom.kv_cache import PageTable, RaggedKV
 
@@ -78,6 +79,8 @@ def scale_tensor(value: Any, device: torch.device) -> torch.Tensor | None:
         return value.to(device, torch.float32).reshape(-1)
     if float(value) == 1.0:
         return None
+    if utils.capturing(device):  # what is made there is filled at a replay, and lies in the graph's memory
+        return torch.full((1,), float(value), dtype=torch.float32, device=device)
     key = (float(value), device)
     found = _scales.get(key)
     if found is None:
@@ -123,6 +126,11 @@ class Plans:
         entry = self._plans.get(key)
         if entry is None:
             assert self.batch is not None
+            if utils.capturing(self.device):
+                raise RuntimeError(
+                    "this wrapper has no plan yet for these heads, dtypes and rules, and cannot make one while a CUDA "
+                    "graph is captured: run it once before"
+                )
             plan = attention(form, variant, self.device).plan(self.batch, reserve=self._reserve)
             entry = self._plans[key] = [plan, self._step]
             if len(self._plans) > PLANS_KEPT and not self._fixed:

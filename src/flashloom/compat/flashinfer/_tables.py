@@ -22,6 +22,7 @@ PLANS_KEPT = 64  # per thread
 class _Recent(threading.local):
     def __init__(self) -> None:
         self.plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self.captured: dict[tuple, Plan] = {}  # graphs read their buffers: these stay
         self.instances = Instances()
 
 
@@ -30,19 +31,25 @@ _recent = _Recent()
 
 def _plan(form: Form, chosen: fl.Variant, batch: Batch, device: torch.device, width: int) -> Plan:
     """A plan that follows the batch. In a captured graph a replay reads the same tables and lengths again."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    key = (form, chosen.program.digest, batch.page_size, batch.requests, batch.max_q_len, width, device, stream)
+    key = (form, chosen.program.digest, batch.page_size, batch.requests, batch.max_q_len, width, device)
     plans = _recent.plans
     plan = plans.get(key)
+    if plan is None and key in _recent.captured:
+        plan = plans[key] = _recent.captured[key]
     if plan is None:
+        if utils.capturing(device):
+            raise RuntimeError(
+                f"there is no plan yet for {batch.requests} requests of these heads and dtypes, and none can be made "
+                "while a CUDA graph is captured: call it once with such tensors before"
+            )
         plan = plans[key] = attention(form, chosen, device).plan(batch)
         if len(plans) > PLANS_KEPT:
             plans.popitem(last=False)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            plan.update(batch)
     else:
         plans.move_to_end(key)
         plan.update(batch)
+        if utils.capturing(device):
+            _recent.captured[key] = plan
     return plan
 
 

@@ -204,8 +204,14 @@ def _range(size: int, device: torch.device) -> torch.Tensor:
     return torch.arange(size, dtype=torch.int32, device=device)
 
 
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _get_range_buf(seq_len: int, device: torch.device | str) -> torch.Tensor:
     """0, 1, ... as int32; a view of a tensor that is kept."""
+    if capturing(torch.device(device)):  # what is made there is filled at a replay
+        return torch.arange(seq_len, dtype=torch.int32, device=device)
     return _range(_ceil_pow2(max(seq_len, 1)), torch.device(device))[:seq_len]
 
 
