@@ -1,5 +1,6 @@
 """Attention, tuned: what a record changes in a plan, when plans tune, and that nothing else changes."""
 
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -24,9 +25,27 @@ from flashloom.store import store as store_module
 from flashloom.target import Target
 from flashloom.tune import tuner
 from flashloom.tune.attention import AttentionOperator, NothingToTune
+from flashloom.tune.measure import Timer
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 HEADS = fl.HeadShape(4, 2, 32)
+
+
+class Once(Timer):
+    """Runs each call once per round and finds all equally fast: the winner does not matter here, and a busy machine
+    would take minutes."""
+
+    def repeats(self, call):
+        return 1
+
+    def sample(self, call, repeats):
+        call()
+        return 1.0
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(tuner, "Timer", Once)
 
 
 @pytest.fixture(scope="module")
@@ -367,6 +386,24 @@ def test_other_gpus_have_no_hopper_candidates(pretended):
     device, facts = torch.device("cuda", 0), Facts(1, 512, 512, 0, 16, 0)
     default = Choice("triton", triton_config.choose(tuning._need(spec, device, facts)))
     assert {choice.backend for choice in tuning.candidates(spec, device, facts, default)} == {"triton"}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        fl.causal & fl.sliding_window(5) & fl.softcap(3.0),
+        fl.causal & fl.alibi(4),
+        fl.rope(32) & fl.sink(torch.zeros(4)),
+        fl.from_flex(lambda score, b, h, q, k: score * 2, None),
+    ],
+    ids=str,
+)
+def test_any_variant_can_be_sent_to_a_child_process(variant):
+    operator = AttentionOperator(fl.Attention(HEADS, variant=variant, dtype=torch.float32, device="cpu"))
+    sent, batch = pickle.loads(pickle.dumps((operator, paged())))
+    keys = [asked.key(bucket) for asked, bucket in (operator.question(batch), sent.question(batch))]
+    assert keys[0] == keys[1]
+    assert [type(value) for value in sent.attention.values] == [type(value) for value in operator.attention.values]
 
 
 def test_a_batch_of_another_bucket_is_another_key_and_the_same_batch_the_same(attention):

@@ -21,6 +21,8 @@ from flashloom.kv_cache.cache import KV
 from flashloom.records import Question
 from flashloom.store.jobs import job_limit
 from flashloom.target import Target
+from flashloom.variant import Variant
+from flashloom.variant.expr import Program
 
 __all__ = ["AttentionOperator", "NothingToTune", "batch_of"]
 
@@ -95,7 +97,17 @@ class AttentionOperator:
     def __reduce__(self) -> tuple[Any, ...]:
         a = self.attention
         return _rebuilt, (
-            (a.heads, a.variant, a.dtype, a.kv_dtype, a.layout, a.sm_scale, a.batch_invariant, str(a.device)),
+            (
+                a.heads,
+                a.variant.program,
+                a.values,
+                a.dtype,
+                a.kv_dtype,
+                a.layout,
+                a.sm_scale,
+                a.batch_invariant,
+                str(a.device),
+            ),
             self.reserve,
         )
 
@@ -206,10 +218,17 @@ class AttentionOperator:
         return Target("sm{}{}".format(*torch.cuda.get_device_capability(self.device)))
 
 
+class _Traced(Variant):
+    """A variant by what was traced of it, for a process that cannot import its class."""
+
+    def __init__(self, program: Program, values: tuple[Any, ...]) -> None:
+        self.__dict__["_traced"] = (program, values)
+
+
 def _rebuilt(recipe: tuple[Any, ...], reserve: Reserve | None) -> AttentionOperator:
-    heads, variant, dtype, kv_dtype, layout, sm_scale, invariant, device = recipe
+    heads, program, values, dtype, kv_dtype, layout, sm_scale, invariant, device = recipe
     attention = Attention(
-        heads, variant=variant, dtype=dtype, kv_dtype=kv_dtype, layout=layout, sm_scale=sm_scale,
+        heads, variant=_Traced(program, values), dtype=dtype, kv_dtype=kv_dtype, layout=layout, sm_scale=sm_scale,
         batch_invariant=invariant, device=device,
     )  # fmt: skip
     return AttentionOperator(attention, reserve)
