@@ -118,8 +118,7 @@ def flashloom_attention(
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         layout = unmasked_layout(query, key, bool(causal), sliding_window)
     variant = layout.posed.with_logits(softcap, s_aux)
-    plan = layout.plan(heads, query.dtype, key.dtype, scaling, query.device, variant)
+    plan, variant_of_layer = layout.plan(heads, query.dtype, key.dtype, scaling, query.device, variant)
     q = query.transpose(1, 2).reshape(batch * q_length, q_heads, dim)
-    return plan.run(q, (key.transpose(1, 2), value.transpose(1, 2)), variant=variant).view(
-        batch, q_length, q_heads, value.shape[-1]
-    ), None
+    out = plan.run(q, (key.transpose(1, 2), value.transpose(1, 2)), variant=variant_of_layer)
+    return out.view(batch, q_length, q_heads, value.shape[-1]), None

@@ -103,8 +103,8 @@ def paged_attention(
     heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if scaling is None:
         scaling = float(module.scaling)  # type: ignore[arg-type]
-    plan = layout.plan(heads, query.dtype, kv[0].dtype, scaling, query.device, variant)
-    return plan.run(query[0].transpose(0, 1), kv, variant=variant)[None], None
+    plan, variant_of_layer = layout.plan(heads, query.dtype, kv[0].dtype, scaling, query.device, variant)
+    return plan.run(query[0].transpose(0, 1), kv, variant=variant_of_layer)[None], None
 
 
 def _posed(window: int) -> Posed:

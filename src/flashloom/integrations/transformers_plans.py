@@ -67,6 +67,7 @@ class Layout:
     def __init__(self, batch: fl.Batch, posed: Posed):
         self.batch, self.posed = batch, posed
         self._plans: dict[tuple, fl.Plan] = {}
+        self._planned: dict[tuple, fl.Variant] = {}
         longest, requests = batch.max_q_len, batch.requests
         page_size = 0 if batch.kind == "dense" else batch.page_size
         self._size = (batch.kind, page_size, min(longest.bit_length(), 8), requests.bit_length())
@@ -75,9 +76,9 @@ class Layout:
     def plan(
         self, heads: tuple[int, int, int, int], dtype: torch.dtype, kv_dtype: torch.dtype, scale: float | None,
         device: torch.device, variant: fl.Variant,
-    ) -> fl.Plan:  # fmt: skip
+    ) -> tuple[fl.Plan, fl.Variant | None]:  # fmt: skip
         """The plan of this batch for layers of these heads (q_heads, kv_heads, dim, value_dim) and a variant of this
-        expression."""
+        expression, and the variant that `run` must be told of: None where the plan has it."""
         key = (heads, dtype, kv_dtype, scale, device, variant.program.digest, *self._size)
         plan = self._plans.get(key)
         if plan is None:
@@ -90,8 +91,8 @@ class Layout:
                     sm_scale=scale, device=device,
                 )  # fmt: skip
                 plan = attention.plan(self.batch)
-            self._plans[key] = plan
-        return plan
+            self._plans[key], self._planned[key] = plan, variant
+        return plan, None if self._planned[key] is variant else variant
 
 
 VARIANTS, UNMASKED = Recent(VARIANTS_KEPT), Recent(LAYOUTS_KEPT)
