@@ -72,9 +72,10 @@ __all__ = [
     "Attention", "Batch", "Bits", "BlockSparseKV", "DenseKV", "HeadShape", "Monitor", "Pack", "PageTable",
     "PagedKVCache", "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Plan", "RaggedKV",
     "Reserve", "Scalar", "SealedError", "Target", "TraceError", "Variant", "Workload", "alibi", "alibi_slopes",
-    "append", "attention", "autotune", "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex", "full",
-    "length_temperature", "merge", "monitor", "packed_mask", "prefix_lm", "prepare", "rope", "rope_frequencies",
-    "seal", "sigmoid", "sink", "sliding_window", "softcap", "tune", "tune_cache_path", "use", "workloads",
+    "append", "attention", "autotune", "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex",
+    "full", "length_temperature", "merge", "monitor", "packed_mask", "prefix_lm", "prepare", "rope",
+    "rope_frequencies", "seal", "sigmoid", "sink", "sliding_window", "softcap", "tune", "tune_cache_path", "use",
+    "workloads",
 ]  # fmt: skip
 
 
