@@ -422,9 +422,7 @@ def test_errors_and_small_print():
     with pytest.raises(AssertionError):
         wrapper.run(case.q, case.kv, window_left=7)
     with pytest.raises(RuntimeError, match="call plan"):
-        flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace())._attend(
-            case.q, *case.kv.unbind(1), (), ragged=False
-        )
+        flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace()).run(case.q, case.kv)
     with pytest.raises(KeyError, match="kv_layout"):
         flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "DNH")
     with pytest.raises(NotImplementedError, match="cudnn"):
@@ -448,3 +446,24 @@ def test_masks_in_wrappers_of_their_own():
         masks = [torch.rand(a, b) > 0.3 for a, b in zip(q_lens, kv_lens)]
         wrapper = prefill(case, custom_mask=torch.cat([m.reshape(-1) for m in masks]))
         close(wrapper.run(case.q, case.kv), case.want(masks=masks)[0])
+
+
+def test_what_a_wrapper_knows_of_a_cache_goes_with_it():
+    """The same tensors are looked at once; others, and others at the same place, anew; none is kept alive."""
+    import gc
+    import weakref
+
+    case = Case()
+    wrapper, want = prefill(case, causal=True), case.want(causal=True)[0]
+    first = case.kv.clone()
+    for cache in (first, first, tuple(first.unbind(1)), first.view(first.shape), case.kv):
+        close(wrapper.run(case.q, cache), want)
+    assert wrapper._pages(first) is wrapper._pages(first)
+    first.set_(case.kv.flip(0).contiguous())  # the same object over other memory
+    assert not torch.allclose(wrapper.run(case.q, first).double(), want)
+    gone = weakref.ref(first)
+    before = len(wrapper._seen)
+    del first, cache
+    gc.collect()
+    assert gone() is None
+    assert len(wrapper._seen) < before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ from flashloom.compat.flashinfer import utils
 from flashloom.compat.flashinfer._jit import Known, known
 from flashloom.compat.flashinfer._plans import Form, Plans, base_two, scale_tensor
 from flashloom.compat.flashinfer._variants import Heads, Instances, Rules, variant
+from flashloom.kv_cache.cache import KV
 from flashloom.kv_cache.views import as_kv
 
 INT_WORKSPACE = 8 << 20
+CACHES_KEPT = 256
 BACKENDS = ("auto", "fa2", "fa3")
 
 
@@ -65,6 +68,7 @@ class Wrapper:
         self._jit_module = self._jit
         self._plans = Plans(torch.empty(0, device=self.device).device, self._use_cuda_graph)
         self._instances = Instances()
+        self._seen: dict[tuple[int, ...], tuple] = {}
         self._mask: fl.Variant | None = None
         self._planned: fl.Variant | None = None  # the variant of _rules, with a mask where there is one
         self._rules = Rules()
@@ -224,14 +228,41 @@ class Wrapper:
         self._mask = mask
         self._planned = with_mask(self._rules, self._num_qo_heads, self._dims[0], mask)
 
+    def _pages(self, cache: Any) -> KV:
+        """The kernels' form of a cache; the same object for tensors that were seen before, as long as they live."""
+        owners = cache if isinstance(cache, tuple) else (cache,)
+        key = tuple(map(id, owners))
+        known = self._seen.get(key)
+        if known is not None and all(ref() is x and at == x.data_ptr() for (ref, at), x in zip(known[0], owners)):
+            return known[1]
+        kept = all(isinstance(x, torch.Tensor) and not x.requires_grad for x in owners)
+        # .data is no view of the caller's tensor, so that what is kept does not keep that
+        k, v = utils._unpack_paged_kv_cache(
+            cache if not kept else tuple(x.data for x in cache) if isinstance(cache, tuple) else cache.data,
+            self._kv_layout,
+        )
+        kv = as_kv(k, v, None, None, ragged=False, layout=self._kv_layout)
+        if not kept:
+            return kv
+        if len(self._seen) >= CACHES_KEPT:
+            self._seen.clear()
+        seen = self._seen
+        refs = tuple((weakref.ref(x, lambda _: seen.pop(key, None)), x.data_ptr()) for x in owners)
+        seen[key] = refs, kv
+        return kv
+
+    def _rows(self, k: torch.Tensor, v: torch.Tensor) -> KV:
+        """The kernels' form of ragged keys and values."""
+        if self._kv_layout == "HND":
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+        return as_kv(k, v, None, None, ragged=True, layout="NHD")
+
     def _attend(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        kv: KV,
         args: tuple,
         *,
-        ragged: bool,
         q_scale: Any = None,
         k_scale: Any = None,
         v_scale: Any = None,
@@ -245,14 +276,11 @@ class Wrapper:
     ) -> Any:
         if self._plans.batch is None:
             raise RuntimeError(f"{type(self).__name__}: call plan() before run()")
+        k = kv.k  # [pages, page_size, kv_heads, dim] in every layout
         utils._check_cached_qkv_data_type(q, k, self._cached_q_data_type, self._cached_kv_data_type)
         if k.dtype == torch.uint8:
             raise NotImplementedError("NVFP4 KV caches (uint8 with kv_cache_sf) are not supported by flashloom yet")
-        kv_heads = k.shape[-2 if self._kv_layout == "NHD" else -3]
-        if self._kv_layout == "HND" and ragged:
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-            kv_heads = k.shape[1]
-        form = self._form(q.shape[1], kv_heads, q.shape[2], v.shape[-1])
+        form = self._form(q.shape[1], k.shape[2], q.shape[2], kv.v.shape[3])
         rules = self._variant(form.q_heads, form.dim)
         sm_scale = utils.scale_of(form.dim, self._sm_scale)
         if self._jit is not None:
@@ -283,10 +311,8 @@ class Wrapper:
         ):
             factor, v_scale = (None if isinstance(v_scale, float) and v_scale == 1.0 else v_scale), None
         device = self._plans.device
-        kv = as_kv(
-            k, v, scale_tensor(k_scale, device), scale_tensor(v_scale, device), ragged=ragged,
-            layout="NHD" if ragged else self._kv_layout,
-        )  # fmt: skip
+        if not (k_scale is None and v_scale is None):
+            kv = KV(k, kv.v, scale_tensor(k_scale, device), scale_tensor(v_scale, device), kv.layout)
         shape, o_dtype = (*q.shape[:2], form.value_dim), self._cached_o_data_type
         if out is not None:
             if out.dtype != o_dtype:

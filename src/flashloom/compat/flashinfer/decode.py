@@ -318,7 +318,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     ) -> Any:
         """Attention of q [batch * q_len_per_req, q_heads, head_dim] over the planned pages: out in q's form, or (out,
         lse) with return_lse: float32 [rows, q_heads], base 2. sinks: float32 [q_heads]."""
-        k, v = utils._unpack_paged_kv_cache(paged_kv_cache, self._kv_layout)
+        kv = self._pages(paged_kv_cache)
         planned, requests = self._q_len_per_req or 1, max(self._batch_size, 1)
         if q_len_per_req is not None:
             warnings.warn(
@@ -334,7 +334,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         if window_left is not None:
             assert window_left == self._window_left, (window_left, self._window_left)
         return self._attend(
-            q, k, v, args, ragged=False, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
+            q, kv, args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
             return_lse=return_lse, sinks=sinks,
         )  # fmt: skip
 

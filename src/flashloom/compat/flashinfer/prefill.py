@@ -327,12 +327,12 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
     ) -> Any:
         """Attention of q [tokens, q_heads, head_dim_qk] over the planned pages: out [tokens, q_heads, head_dim_vo], or
         (out, lse) with return_lse: float32 [tokens, q_heads], base 2."""
-        k, v = utils._unpack_paged_kv_cache(paged_kv_cache, self._kv_layout)
+        kv = self._pages(paged_kv_cache)
         self._check_rows(q)
         if window_left is not None:
             assert window_left == self._window_left, (window_left, self._window_left)
         return self._attend(
-            q, k, v, args, ragged=False, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
+            q, kv, args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
             return_lse=return_lse, lse_base=lse_base, lse_layout=lse_layout, sinks=sinks,
         )  # fmt: skip
 
@@ -481,7 +481,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         kv_heads, head_dim_vo] (heads first in "HND"): out, or (out, lse) with return_lse, base 2."""
         self._check_rows(q)
         return self._attend(
-            q, k, v, args, ragged=True, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, o_scale=o_scale, out=out,
+            q, self._rows(k, v), args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, o_scale=o_scale, out=out,
             lse=lse, return_lse=return_lse, lse_base=lse_base, lse_layout=lse_layout,
         )  # fmt: skip
 

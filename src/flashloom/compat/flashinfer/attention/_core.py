@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from flashloom.compat.flashinfer import _plans as plans
-from flashloom.compat.flashinfer import utils
 from flashloom.compat.flashinfer._jit import SINK_TEXT
 from flashloom.compat.flashinfer._wrapper import Wrapper
 from flashloom.compat.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
@@ -66,9 +65,8 @@ class BatchAttention(Wrapper):
         """(out [tokens, q_heads, head_dim_vo], lse float32 [tokens, q_heads], base 2)."""
         if logits_soft_cap > 0 and self._logits_soft_cap <= 0:
             raise ValueError("logits_soft_cap used in kernel run but not provided in plan()")
-        k, v = utils._unpack_paged_kv_cache(kv_cache, self._kv_layout)
         return self._attend(
-            q, k, v, (), ragged=False, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True
+            q, self._pages(kv_cache), (), k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True
         )
 
 
