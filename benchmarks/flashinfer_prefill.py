@@ -71,4 +71,3 @@ def batch_attention(row: dict) -> Callable[[], torch.Tensor]:
     out = torch.empty_like(row["inputs"][0])
     lse = torch.empty(out.shape[:2], device="cuda")
     return lambda: wrapper.run(row["inputs"][0], row["parts"], out=out, lse=lse)[0]
-
