@@ -66,6 +66,13 @@ def test_memory_pool_size_bounds_the_workspaces_of_all_plans():
     assert plan_for([64]).workspace_size == took
 
 
+def test_a_full_pool_makes_attention_drop_the_plans_it_keeps():
+    q, kv = torch.ones(300, 4, 16), torch.ones(300, 2, 16)
+    fl.attention(q, kv, kv)
+    fl.configure(memory_pool_size=pool.held(CPU))
+    assert fl.attention(q[:64], kv[:64], kv[:64]).eq(1).all()
+
+
 def test_a_plan_that_cannot_grow_keeps_its_batch():
     plan = plan_for([4])
     fl.configure(memory_pool_size=pool.held(CPU))

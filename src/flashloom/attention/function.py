@@ -22,6 +22,7 @@ _PLANS_KEPT = 64  # per thread
 class _Recent(threading.local):
     def __init__(self) -> None:
         self.plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self.captured: set[Plan] = set()  # CUDA graphs hold their addresses
 
 
 _recent = _Recent()
@@ -66,6 +67,8 @@ def dense(
 ) -> Any:
     """`attention` after the first checks."""
     plan = _plan(q, k, v, variant)
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        _recent.captured.add(plan)
     if q.dim() == 3:
         return plan.run(q, (k, v), return_lse=return_lse, variant=variant, sm_scale=sm_scale)
     requests, heads, tokens, dim = q.shape
@@ -105,7 +108,11 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -
         batch = Batch(
             q_lens=[q.shape[2]] * q.shape[0], kv=DenseKV(q.shape[0], max(k.shape[2], 1), [k.shape[2]] * q.shape[0])
         )
-    plan = layer.plan(batch)
+    try:
+        plan = layer.plan(batch)
+    except MemoryError:  # the pool is full: the plans kept here are what nobody else can drop
+        plans.clear()
+        plan = layer.plan(batch)
     plans[key] = plan
     if len(plans) > _PLANS_KEPT:
         plans.popitem(last=False)
