@@ -149,11 +149,23 @@ def test_plans_of_dense_attention_are_kept_and_bounded():
     function._recent.plans.clear()
     for n in range(1, function._PLANS_KEPT + 10):
         x = torch.randn(n, 2, 8)
-        close(fl.attention(x, x, x, variant=fl.causal), dense(x, x, x, torch.ones(n, n).tril().bool()))
+        batch = x.transpose(0, 1)[None]
+        out = fl.attention(batch, batch, batch, variant=fl.causal)
+        close(out[0].transpose(0, 1), dense(x, x, x, torch.ones(n, n).tril().bool()))
     assert len(function._recent.plans) == function._PLANS_KEPT
     before = list(function._recent.plans.values())[-1]
-    fl.attention(x, x, x, variant=fl.causal)
+    fl.attention(batch, batch, batch, variant=fl.causal)
     assert list(function._recent.plans.values())[-1] is before
+
+
+def test_plans_of_one_request_follow_lengths_of_their_size_class():
+    from flashloom.attention import function
+
+    function._recent.plans.clear()
+    for n in range(1, 65):
+        x = torch.randn(n, 2, 8)
+        close(fl.attention(x, x, x, variant=fl.causal), dense(x, x, x, torch.ones(n, n).tril().bool()))
+    assert len(function._recent.plans) == 7  # 1, 2, 4, ... 64 tokens
 
 
 def test_dense_attention_takes_fields_of_its_variant():
