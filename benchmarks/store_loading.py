@@ -1,4 +1,4 @@
-"""How long a compiled CPU kernel takes to load: one from the user's store, and many from a pack.
+"""How long a compiled CPU kernel takes to load: one more from the user's store, and many from a pack.
 
     python benchmarks/store_loading.py --kernels 100
 
@@ -52,12 +52,14 @@ def load(folder: str, kernels: int) -> None:
 
     find_compiler()
     fl.configure(cache_dir=Path(folder) / "store")
-    first = time.perf_counter()
+    if kernels == 1:
+        call(1)  # what the first kernel of a process pays for, such as opening the store
+    start = time.perf_counter()
     if kernels > 1:
         fl.use(Path(folder) / "kernels.loom", on_miss="error")
     for number in range(kernels):
         call(number)
-    took = (time.perf_counter() - first) * 1e3
+    took = (time.perf_counter() - start) * 1e3
     assert store.counters().builds == 0
     print(took)
 
