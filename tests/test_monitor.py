@@ -186,7 +186,7 @@ def test_gpu_times_are_events_read_later(monkeypatch):
     assert Event.waited == 0
     assert seen.runs[0].seconds == pytest.approx(1.5e-3)
     assert Event.waited == 1
-    assert seen.runs[0].host_seconds < 1
+    assert seen.runs[0].host_seconds < 30
 
 
 def test_captured_calls_have_no_time(monkeypatch):

@@ -40,13 +40,14 @@ def test_importing_writes_nothing_and_starts_no_gpu(tmp_path):
 
 def test_importing_adds_little_to_importing_torch():
     code = """
-import time, torch
+import sys, time, torch
 start = time.perf_counter()
 import flashloom as fl
 [getattr(fl, name) for name in fl.__all__]
+assert not {"torch._dynamo", "torch._inductor", "triton", "transformers", "tvm_ffi"} & set(sys.modules)
 print(time.perf_counter() - start)
 """
-    assert min(float(run(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(4)) < 0.3
+    assert min(float(run(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(4)) < 1.0  # a sixth of it on an idle machine
 
 
 def test_importing_does_without_optional_packages():

@@ -17,6 +17,10 @@ from flashloom.store import store as store_module
 from flashloom.store.entry import Key
 
 FIELDS = {"kind": "test", "target": "x86"}
+ENDLESS = 120.0
+"""Seconds that builders take whom nobody is to wait for."""
+SOON = 40.0
+"""Seconds that no wait of these tests comes near, also where other processes keep the machine from this one."""
 
 
 def slow(builder, seconds):
@@ -32,7 +36,7 @@ def slow(builder, seconds):
 def await_holder(fields=FIELDS):
     """Wait until some child builds the kernel."""
     path = store_module._lock_path(Key.of(fields, {}))
-    until = time.monotonic() + 5
+    until = time.monotonic() + SOON
     while time.monotonic() < until:
         if path.exists() and isinstance(locks.take(path), locks.Busy):
             return
@@ -64,50 +68,52 @@ def test_threads_build_each_kernel_once(builder):
 
 
 def test_a_killed_builder_blocks_nobody(builder, fork, finish):
-    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, 60)))
+    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, ENDLESS)))
     await_holder()
     os.kill(child, signal.SIGKILL)
     finish(child)
-    start = time.monotonic()
     store.get_or_build(FIELDS, builder())
-    assert time.monotonic() - start < 1.0
+    assert store.counters().waits == 0
 
 
 def test_a_builder_killed_while_others_wait_blocks_nobody(builder, fork, finish):
-    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, 60)))
+    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, ENDLESS)))
     await_holder()
-    threading.Timer(0.3, os.kill, (child, signal.SIGKILL)).start()
+    threading.Timer(1.0, os.kill, (child, signal.SIGKILL)).start()
     start = time.monotonic()
     store.get_or_build(FIELDS, builder())
-    assert 0.2 < time.monotonic() - start < 2.0
+    assert time.monotonic() - start < SOON
     assert store.counters().waits == 1
 
 
 def test_a_stopped_builder_is_named_and_waited_for_within_bounds(builder, fork, caplog):
     settings.configure(wait=1.0)
-    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, 60)))
+    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, ENDLESS)))
     await_holder()
     os.kill(child, signal.SIGSTOP)
     start = time.monotonic()
     with caplog.at_level("INFO", "flashloom"):
         store.get_or_build(FIELDS, builder())
-    assert time.monotonic() - start < 3.0
+    assert time.monotonic() - start < SOON
     assert f"process {child} on " in caplog.text
     assert store.counters().builds == 1
     start = time.monotonic()
     store.get_or_build({"kind": "another"}, builder())  # the stopped process also holds a place for a compiler
-    assert time.monotonic() - start < 2.0
+    assert time.monotonic() - start < SOON
 
 
 def test_all_places_held_by_stopped_processes(builder, fork):
-    settings.configure(wait=1.0, jobs=1)
-    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, 60)))
+    settings.configure(wait=2.0, jobs=1)
+    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, ENDLESS)))
     await_holder()
     os.kill(child, signal.SIGSTOP)
-    start = time.monotonic()
-    for number in range(3):
+    seconds = []
+    for number in range(4):
+        start = time.monotonic()
         store.get_or_build({"number": number}, builder())
-    assert time.monotonic() - start < 2.5  # paid once, not for every kernel
+        seconds.append(time.monotonic() - start)
+    assert seconds[0] < SOON
+    assert min(seconds[1:]) < 1.0  # paid once, not for every kernel
 
 
 LIES = {
@@ -130,7 +136,7 @@ def test_locks_that_lie_cost_no_correctness(lie, builder, monkeypatch):
     start = time.monotonic()
     for number in range(3):
         assert store.get_or_build({"number": number}, builder()).files
-    assert time.monotonic() - start < 8.0
+    assert time.monotonic() - start < SOON
     assert store.counters().builds == 3
 
 
@@ -167,19 +173,19 @@ def test_containers_that_share_a_volume_and_nothing_else(tmp_path, builder, fork
         (tmp_path / name).mkdir()
     start = time.monotonic()
     assert [finish(child) for child in [fork(lambda name=name: work(name)) for name in ("a", "b", "a", "b")]] == [0] * 4
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < SOON
     assert len(list(store.default_folder().all_keys())) == 8
 
 
 def test_who_cannot_publish_waits_for_nobody(root, builder, fork):
     root.write_text("no folder")
-    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, 60)))
+    child = fork(lambda: store.get_or_build(FIELDS, slow(builder, ENDLESS)))
     await_holder()
     with pytest.warns(RuntimeWarning, match="kept in memory"):
         store.get_or_build({"another": 1}, builder())
     start = time.monotonic()
     store.get_or_build(FIELDS, builder())
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < SOON
     assert child
 
 

@@ -38,7 +38,7 @@ found = [None] * dist.get_world_size()
 dist.all_gather_object(found, (keys, len(builds), seconds))
 assert all(one[0] == keys for one in found), "ranks ask for different kernels"
 assert sum(one[1] for one in found) == 8, found
-assert max(one[2] for one in found) < 20, found
+assert max(one[2] for one in found) < 60, found
 if rank == 0:
     print("ranks agree on", len(keys), "keys")
 dist.destroy_process_group()

