@@ -38,16 +38,9 @@ def sdpa(q, pairs, causal=False):
     return {f"sdpa {name}": calls(backend) for name, backend in BACKENDS.items()}
 
 
-@lru_cache
-def compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def flex(q, pairs, case, heads):
     """FlexAttention with the case's score and mask functions; queries are the last of the keys' positions."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     queries, keys = q.shape[2], pairs[0][0].shape[2]
     first, score, mask = keys - queries, None, None
@@ -62,8 +55,8 @@ def flex(q, pairs, case, heads):
         mask = create_block_mask(
             lambda b, h, i, j: case.mask_mod(b, h, i + first, j), None, None, queries, keys, device="cuda"
         )
-    torch._dynamo.reset()
-    call = compiled_flex.__wrapped__()
+    torch._dynamo.reset()  # torch compiles 8 forms of a function and runs any further one uncompiled
+    call = torch.compile(flex_attention, dynamic=False)
     return {"flex": [lambda kv=kv: call(q, *kv, score_mod=score, block_mask=mask, enable_gqa=True) for kv in pairs]}
 
 

@@ -8,7 +8,6 @@ A peer is made for one case and workload from the same numbers as flashloom's ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,17 +59,10 @@ def matmul(case: Case, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> P
     return lambda: torch.softmax(qg @ kd.transpose(-1, -2), dim=-1) @ vd, lambda out: out.flatten(1, 2)
 
 
-@lru_cache
-def compiled_flex() -> Callable:
-    """FlexAttention through torch.compile, as its documentation tells users to call it."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def flex(case: Case, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Peer:
-    """torch's FlexAttention, compiled; its first call compiles and takes seconds."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """torch's FlexAttention through torch.compile, as its documentation tells users to call it; its first call compiles
+    and takes seconds. A peer made before must not be called any more."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     qd, kd, vd = dense(workload, q, k, v)
     q_length, kv_length, heads = qd.shape[2], kd.shape[2], workload.heads
@@ -83,7 +75,8 @@ def flex(case: Case, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Pee
         block_mask = create_block_mask(
             lambda b, h, i, j: mask(b, h, i + first, j), None, None, q_length, kv_length, device=q.device
         )
-    call, grouped = compiled_flex(), heads.group > 1
+    torch._dynamo.reset()  # torch compiles 8 forms of a function and runs any further one uncompiled, many times slower
+    call, grouped = torch.compile(flex_attention, dynamic=False), heads.group > 1
     return lambda: call(qd, kd, vd, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped), _flat
 
 

@@ -52,9 +52,9 @@ def _prefill(full: bool, options: Options) -> list[Task]:
 
 def _decode(full: bool, options: Options) -> list[Task]:
     options = replace(options, against=("sdpa", "matmul", "flex") if full else ("sdpa", "matmul"))
-    shapes = [(b, kv) for b in (1, 8, 32) for kv in (1024, 4096, 16384)] if full else [(1, 4096), (8, 1024), (8, 4096)]
+    shapes = [(b, kv) for b in (1, 8, 32) for kv in (1024, 4096, 16384)]
     bf16 = [_timed("decode", "causal", decode(LLAMA, b, kv), BF16, options) for b, kv in shapes]
-    small = [(b, kv) for b, kv in shapes if b * kv <= 32 * 4096]
+    small = [(b, kv) for b, kv in shapes if b * kv <= 8 * 4096]
     return bf16 + [_timed("decode", "causal", decode(LLAMA, b, kv), F32, options) for b, kv in small]
 
 
