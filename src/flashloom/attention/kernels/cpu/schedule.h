@@ -12,7 +12,7 @@ struct Limits {
   int32_t decode_rows;       // requests with up to so many rows are decoded
   int32_t block_rows;        // rows of an item otherwise, at most
   int32_t step_rows;         // and a multiple of this
-  int32_t key_block;         // keys are cut at multiples of this
+  int32_t decode_keys, key_block;  // keys of either are cut at multiples of these
   int64_t row_bytes, scratch_rows, scratch_decode;  // per row of decode; per thread
   int64_t partial;           // floats of a row's partial result
 };
@@ -66,7 +66,7 @@ struct Scheduler {
           chunk = min_of<int64_t>(SHORTEST, max_of<int64_t>(kv, 1));
           some = min_of(some, max_of<int64_t>(1, decode_share / chunk));
         }
-        int32_t keys = aligned(max_of<int64_t>(chunk, SHORTEST), limit.key_block);
+        int32_t keys = aligned(max_of<int64_t>(chunk, SHORTEST), limit.decode_keys);
         if (a.batch_invariant) keys = INVARIANT;
         for (int64_t h = 0; h < heads; h += some) add(b, h, min_of(h + some, heads), 0, rows, kv, keys);
         decode_rows = max_of(decode_rows, rows * some);
