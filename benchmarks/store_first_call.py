@@ -30,7 +30,7 @@ if pack:
     fl.use(pack, on_miss="error")
 torch.ones(1, device=device).sum().item()
 if device == "cpu":
-    import tvm_ffi, flashloom.attention.cpu
+    import flashloom.attention.cpu
 else:
     import flashloom.attention.triton_executor
 

@@ -36,8 +36,6 @@ def attentions(count: int):
 
 def work(folder: str, count: int, barrier, answers) -> None:
     """One process: import, wait for the others, prepare."""
-    import tvm_ffi  # noqa: F401 - what the first plan would import
-
     import flashloom as fl
     import flashloom.attention.cpu
     from flashloom import store

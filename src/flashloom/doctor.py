@@ -23,7 +23,6 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 # distribution -> (oldest version, why it is needed; required distributions are problems when absent)
 REQUIRED = {
     "torch": ((2, 11), "tensors and the reference"),
-    "apache-tvm-ffi": (None, "calling the compiled CPU kernels"),
     "platformdirs": (None, "finding the cache folder"),
     "filelock": (None, "sharing the cache folder between processes"),
     "click": (None, "the flashloom command"),

@@ -38,14 +38,12 @@ int main(int, char** argv) {
   a.sm_scale = 0.125, a.page_size = n[PAGE], a.requests = n[REQUESTS], a.kv_heads = n[KV_HEADS], a.threads = 1;
   int64_t out = n[TOKENS] * n[Q_HEADS] * n[VALUE_DIM], lse = n[TOKENS] * n[Q_HEADS];
   a.out = zeroed(out * 4), a.lse = (float*)zeroed(lse * 4);
-  TVMFFIAny call = {};
-  call.v_int64 = (int64_t)(uintptr_t)&a;
-  __tvm_ffi_schedule(nullptr, &call, 1, nullptr);
+  flashloom_schedule(&a);
   a.item_capacity = a.item_count, a.items = (flashloom::Item*)zeroed(a.item_count * sizeof(flashloom::Item));
-  __tvm_ffi_schedule(nullptr, &call, 1, nullptr);
+  flashloom_schedule(&a);
   a.workspace = (float*)aligned(a.workspace_size * 4), a.counters = (int32_t*)zeroed(a.counter_count * 4);
   a.scratch = aligned(a.scratch_size);
-  __tvm_ffi_run(nullptr, &call, 1, nullptr);
+  flashloom_run(&a);
   FILE* to = fopen(argv[2], "wb");
   fwrite(a.out, 4, out, to), fwrite(a.lse, 4, lse, to);
   return fclose(to);

@@ -23,7 +23,7 @@ def reader(*tensors: Tensor) -> tuple[Callable[[], int], int]:
     Raises NoCompiler where there is none.
     """
     here = Path(__file__).with_name("read.cpp")
-    read = build(here.read_text(), [HEADERS], Target.here(), {}, "read_bytes").get_function("read_bytes")
+    read = build(here.read_text(), [HEADERS], Target.here(), {}, "read_bytes").get_function("read_bytes", 3)
     spans = [(t.data_ptr(), t.numel() * t.element_size()) for t in tensors]
     threads = torch.get_num_threads()
 

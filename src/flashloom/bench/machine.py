@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("flashloom", "torch", "triton", "apache-tvm-ffi", "numpy", "transformers")
+PACKAGES = ("flashloom", "torch", "triton", "numpy", "transformers")
 
 
 def describe() -> dict[str, object]:

@@ -1,6 +1,5 @@
 // Reads memory and does nothing with it but XOR: the ceiling for whatever must read every key and value once.
 #include <stdint.h>
-#include <tvm/ffi/c_api.h>
 
 #include "threads.h"
 
@@ -10,12 +9,11 @@ static const int64_t CHUNK = 64 << 10;  // bytes per piece of work: 16 pages
 static const int STREAMS = 8;           // read side by side, so that as many loads and prefetchers are under way
 static const int64_t STEP = CHUNK / sizeof(Words) / STREAMS;
 
-// args: address, bytes (a multiple of 64 KiB is read, the rest left out), threads. Result: a word that depends on all bytes.
-extern "C" int __tvm_ffi_read_bytes(void*, const TVMFFIAny* args, int32_t, TVMFFIAny* result) {
-  const char* const base = reinterpret_cast<const char*>(args[0].v_int64);
-  const int64_t chunks = args[1].v_int64 / CHUNK;
+// Reads a multiple of 64 KiB and leaves out the rest. Answers a word that depends on all bytes.
+extern "C" __attribute__((visibility("default"))) int64_t flashloom_read_bytes(const char* base, int64_t bytes, int64_t threads) {
+  const int64_t chunks = bytes / CHUNK;
   uint64_t all = 0;
-  flashloom::for_chunks(static_cast<int>(args[2].v_int64), chunks, [&](int, int64_t c) {
+  flashloom::for_chunks(static_cast<int>(threads), chunks, [&](int, int64_t c) {
     const Words* p = reinterpret_cast<const Words*>(base + c * CHUNK);
     Words sum[STREAMS] = {};
     for (int64_t i = 0; i < STEP; ++i)
@@ -26,8 +24,5 @@ extern "C" int __tvm_ffi_read_bytes(void*, const TVMFFIAny* args, int32_t, TVMFF
       for (int i = 0; i < 8; ++i) word ^= sum[s][i];
     __atomic_fetch_xor(&all, word, __ATOMIC_RELAXED);
   });
-  result->type_index = kTVMFFIInt;
-  result->zero_padding = 0;
-  result->v_int64 = static_cast<int64_t>(all);
-  return 0;
+  return static_cast<int64_t>(all);
 }

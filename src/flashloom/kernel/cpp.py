@@ -1,7 +1,7 @@
-"""C++ kernels: found g++ or clang++, explicit flags, one shared library per kernel with the TVM-FFI C ABI.
+"""C++ kernels: found g++ or clang++, explicit flags, one shared library of plain C functions per kernel.
 
-A kernel source includes ``<tvm/ffi/c_api.h>`` and plain kernel headers, no C++ library and no torch header, and exports
-``extern "C" int __tvm_ffi_<name>(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result)``.
+A kernel source includes plain kernel headers, no C++ library and no torch header, and exports functions that take and
+answer integers or addresses: ``extern "C" __attribute__((visibility("default"))) int64_t flashloom_<name>(...)``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ FLAGS = (
     "-fno-exceptions",
     "-fno-rtti",
     "-fno-stack-protector",
+    "-fvisibility=hidden",  # kernels have equal names within: none may be bound to another's
     "-Wl,--as-needed",  # no libstdc++ at run time
 )
 GCC_FLAGS = ("-ftree-partial-pre", "-fipa-cp-clone", "-fvect-cost-model=dynamic")
@@ -100,15 +101,6 @@ def _environment() -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name not in hidden}, "LC_ALL": "C"}
 
 
-@functools.lru_cache
-def _abi_include_dirs() -> tuple[Path, ...]:
-    from tvm_ffi import libinfo
-
-    return tuple(
-        dict.fromkeys(Path(path) for path in (libinfo.find_include_path(), libinfo.find_dlpack_include_path()))
-    )
-
-
 @dataclass(frozen=True)
 class CppKernel:
     """One kernel to compile: what is asked of the compiler, and no more."""
@@ -136,7 +128,7 @@ class CppKernel:
         return {
             "kind": "cpp",
             "source": store.digest(self.source),
-            "includes": _includes(self.source, (*self.include_dirs, *_abi_include_dirs())),
+            "includes": _includes(self.source, self.include_dirs),
             "target": self.target.name,
             "flags": list(FLAGS + GCC_FLAGS + self.target.flags),
             "defines": {name: str(value) for name, value in self.defines.items()},
@@ -172,7 +164,7 @@ class CppKernel:
                 f"FLASHLOOM_CXX, such as {wanted}-linux-gnu-g++"
             )
         (folder / "kernel.cpp").write_text(self.source)
-        includes = [f"-I{path}" for path in (*self.include_dirs, *_abi_include_dirs())]
+        includes = [f"-I{path}" for path in self.include_dirs]
         flags = [*self.flags, *(GCC_FLAGS if "gcc version" in compiler.version else ())]
         if self.parts == 1:
             commands = [[compiler.path, *flags, *includes, "-o", "kernel.so", "kernel.cpp", "-lm"]]

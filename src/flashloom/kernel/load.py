@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import tempfile
-from typing import Any
+from collections.abc import Callable
 
 from flashloom.store import Entry
 
@@ -22,44 +22,41 @@ _numbers = itertools.count(1)
 class Module:
     """A loaded library. It stays loaded as long as the process lives."""
 
-    def __init__(self, entry: Entry, module: Any) -> None:
+    def __init__(self, entry: Entry, library: ctypes.CDLL) -> None:
         self.entry = entry
-        self._module = module
+        self._library = library
 
-    def get_function(self, name: str) -> Any:
-        """The exported function ``__tvm_ffi_<name>``. Raises AttributeError when the library has none."""
-        return self._module.get_function(name)
+    def get_function(self, name: str, arguments: int = 1) -> Callable[..., int]:
+        """The exported function ``flashloom_<name>``, which takes so many integers or addresses of 64 bits and answers
+        a signed one. Calls of it let other Python threads run. Raises AttributeError when the library has none.
+        """
+        function = self._library["flashloom_" + name]  # every time an object of its own
+        function.argtypes = [ctypes.c_void_p] * arguments
+        function.restype = ctypes.c_int64
+        return function
 
 
 def load(entry: Entry) -> Module:
     """Load ``kernel.so`` of an entry. Raises OSError when the system's loader refuses it."""
-    import tvm_ffi
-
     openmp_runtime()
-    load_file = tvm_ffi.get_global_func("ffi.Module.load_from_file.so")
-    try:
-        module = _load_bytes(entry.files["kernel.so"], entry.label, load_file)
-    except RuntimeError as error:
-        raise OSError(str(error).strip().splitlines()[-1]) from error
-    tvm_ffi._ffi_api.ModuleGlobalsAdd(module)
-    return Module(entry, module)
+    return Module(entry, _load_bytes(entry.files["kernel.so"], entry.label))
 
 
-def _load_bytes(data: bytes, label: str, load_file: Any) -> Any:
+def _load_bytes(data: bytes, label: str) -> ctypes.CDLL:
     try:
         descriptor = os.memfd_create("flashloom-" + re.sub(r"[^\w.-]+", "-", label)[:200], os.MFD_CLOEXEC)
     except OSError:  # memfd forbidden here
         with tempfile.NamedTemporaryFile(prefix="flashloom-", suffix=".so") as file:
             file.write(data)
             file.flush()
-            return load_file(file.name, "")
+            return ctypes.CDLL(file.name)
     try:
         with open(descriptor, "wb", closefd=False) as file:
             file.write(data)
         # The loader takes equal paths for equal libraries and descriptors are used again, so every load spells the
         # path anew.
         spelling = "".join("./" if bit == "0" else ".//" for bit in f"{next(_numbers):b}")
-        return load_file(f"/proc/self/fd/{spelling}{descriptor}", "")
+        return ctypes.CDLL(f"/proc/self/fd/{spelling}{descriptor}")
     finally:
         os.close(descriptor)
 

@@ -1,9 +1,7 @@
-// The entries of an attention kernel: schedule(args) and run(args), through the C ABI of TVM-FFI. The generated source
+// The entries of an attention kernel: schedule(args) and run(args), as plain C functions. The generated source
 // includes this, defines `Config` and `Variant` in namespace flashloom, and says FL_ATTENTION. Two halves can be compiled at
 // the same time: the entries with few rows (FL_PART 0), and many rows (FL_PART 1).
 #pragma once
-#include <tvm/ffi/c_api.h>
-
 #include "decode.h"
 #if defined(__AMX_BF16__)
 #include "amx_prefill.h"
@@ -67,13 +65,14 @@ template <class C, class V> struct Kernels {
   template void flashloom::many_rows<flashloom::Config, flashloom::Variant>(   \
       const flashloom::Args&, const flashloom::Variant::Params&, char*, const flashloom::Item&);
 #else
-#define FL_ATTENTION                                                                                       \
-  extern "C" int __tvm_ffi_schedule(void*, const TVMFFIAny* args, int32_t, TVMFFIAny*) {                   \
-    flashloom::Kernels<flashloom::Config, flashloom::Variant>::schedule(*(flashloom::Args*)args->v_int64); \
-    return 0;                                                                                              \
-  }                                                                                                        \
-  extern "C" int __tvm_ffi_run(void*, const TVMFFIAny* args, int32_t, TVMFFIAny*) {                        \
-    flashloom::Kernels<flashloom::Config, flashloom::Variant>::run(*(flashloom::Args*)args->v_int64);      \
-    return 0;                                                                                              \
+#define FL_ENTRY extern "C" __attribute__((visibility("default"))) int64_t
+#define FL_ATTENTION                                                                       \
+  FL_ENTRY flashloom_schedule(flashloom::Args* args) {                                     \
+    flashloom::Kernels<flashloom::Config, flashloom::Variant>::schedule(*args);            \
+    return 0;                                                                              \
+  }                                                                                        \
+  FL_ENTRY flashloom_run(flashloom::Args* args) {                                          \
+    flashloom::Kernels<flashloom::Config, flashloom::Variant>::run(*args);                 \
+    return 0;                                                                              \
   }
 #endif
