@@ -1,4 +1,4 @@
-"""C++ kernels: found g++ or clang++, explicit flags, one shared library of plain C functions per kernel.
+"""C++ kernels: explicit flags, one shared library of plain C functions per kernel.
 
 A kernel source includes plain kernel headers, no C++ library and no torch header, and exports functions that take and
 answer integers or addresses: ``extern "C" __attribute__((visibility("default"))) int64_t flashloom_<name>(...)``.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashloom import settings, store
+from flashloom import store
+from flashloom.kernel.compiler import Compiler, NoCompiler, environment, find_compiler
 from flashloom.kernel.load import Module, load
 from flashloom.target import Target
 
-__all__ = ["FLAGS", "CompileError", "Compiler", "CppKernel", "NoCompiler", "build", "find_compiler"]
+__all__ = ["FLAGS", "CompileError", "CppKernel", "NoCompiler", "build", "find_compiler"]
 
 FLAGS = (
     "-std=c++17",
@@ -43,62 +42,8 @@ GCC_FLAGS = ("-ftree-partial-pre", "-fipa-cp-clone", "-fvect-cost-model=dynamic"
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>)', re.MULTILINE)
 
 
-class NoCompiler(store.NoToolchain):
-    """No C++ compiler was found."""
-
-
 class CompileError(RuntimeError):
     """The compiler refused a kernel's source."""
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A C++ compiler: where it is (not part of any key), what it says it is and what it compiles for (part of every
-    key).
-    """
-
-    path: str
-    version: str
-    machine: str
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What of the toolchain can change the machine code, or where it loads."""
-        return {"compiler": self.version, "machine": self.machine, "libc": "-".join(platform.libc_ver())}
-
-
-def find_compiler() -> Compiler:
-    """``FLASHLOOM_CXX`` if it is set, else the first found of ``CXX``, g++, clang++ and c++. Raises NoCompiler."""
-    asked = settings.get().cxx
-    for name in [asked] if asked else [os.environ.get("CXX", ""), "g++", "clang++", "c++"]:
-        path = shutil.which(name)
-        if path:
-            return _identify(path, os.stat(path).st_mtime_ns)
-    if asked:
-        raise NoCompiler(f"the C++ compiler {asked!r} that FLASHLOOM_CXX names was not found; name one that is there")
-    raise NoCompiler(
-        "no C++ compiler was found (g++, clang++ or c++ in PATH); install one, such as with `apt install g++`, set "
-        "FLASHLOOM_CXX, or use a pack with the kernels built ahead"
-    )
-
-
-@functools.lru_cache
-def _identify(path: str, mtime_ns: int) -> Compiler:
-    """Ask the compiler for its version. The file's time only says when to ask again within this process."""
-    done = subprocess.run(
-        [path, "-v"], capture_output=True, text=True, errors="replace", check=False, env=_environment()
-    )
-    version = re.search(r"^.*\b(?:gcc|clang) version .*$", done.stderr, re.MULTILINE)
-    machine = re.search(r"^Target: (.+)$", done.stderr, re.MULTILINE)
-    if done.returncode or not version or not machine:
-        raise NoCompiler(f"`{path} -v` does not answer as g++ or clang++ do; name one of these in FLASHLOOM_CXX")
-    return Compiler(path, version[0].strip(), machine[1].strip())
-
-
-def _environment() -> dict[str, str]:
-    """The environment for the compiler, less what would change its output unseen by the key."""
-    hidden = {"CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX"}
-    return {**{name: value for name, value in os.environ.items() if name not in hidden}, "LC_ALL": "C"}
 
 
 @dataclass(frozen=True)
@@ -190,7 +135,7 @@ class CppKernel:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                env=_environment(),
+                env=environment(),
             )
             for command in commands
         ]

@@ -124,26 +124,41 @@ class Folder:
             for descriptor in descriptors:
                 os.close(descriptor)
 
+    def read_note(self, name: str) -> bytes | None:
+        """A note beside the entries (see notes.py), or None. Raises Corrupt, Refused (the folder) or OSError."""
+        with self._descend() as folder:
+            if folder is None:
+                return None
+            try:
+                return self._read_file(folder, name)
+            except FileNotFoundError:
+                return None
+            except Refused as error:
+                raise Corrupt(str(error)) from error
+
     def _read_at(self, folder: int, key: Key) -> Entry:
         def read(name: str) -> bytes:
-            if "/" in name or name in ("", ".", ".."):
-                raise Corrupt(f"{name!r} is not the name of a file of an entry")
-            try:
-                descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-            except OSError as error:
-                if error.errno == errno.ELOOP:
-                    raise Corrupt(f"{name} is a link") from error
-                raise
-            try:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise Corrupt(f"{name} is not a plain file")
-                self._check(descriptor, name)
-                with open(descriptor, "rb", closefd=False) as file:
-                    return file.read()
-            finally:
-                os.close(descriptor)
+            return self._read_file(folder, name)
 
         return read_entry(parse_manifest(read("entry.json"), key), read, str(self.root))
+
+    def _read_file(self, folder: int, name: str) -> bytes:
+        if "/" in name or name in ("", ".", ".."):
+            raise Corrupt(f"{name!r} is not the name of a file of an entry")
+        try:
+            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Corrupt(f"{name} is a link") from error
+            raise
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise Corrupt(f"{name} is not a plain file")
+            self._check(descriptor, name)
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(descriptor)
 
     def _check(self, descriptor: int, what: str) -> None:
         if not self.trusted:
@@ -156,10 +171,7 @@ class Folder:
         nothing that counts.
         """
         step("folders")
-        self.root.mkdir(mode=0o755, parents=True, exist_ok=True)
-        with open_folder(self.root) as root:
-            self._check(root, str(self.root))
-            mode = stat.S_IMODE(os.fstat(root).st_mode)
+        mode = self._make_root()
         aside = self._aside(mode)
         try:
             step("write")
@@ -169,6 +181,17 @@ class Folder:
             step("sync")
             sync(aside)
             return self._rename(aside, self.path(entry.key), mode)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def write_note(self, name: str, data: bytes) -> None:
+        """Put a note beside the entries, in place of the one that is there. Raises OSError or Refused."""
+        mode = self._make_root()
+        aside = self._aside(mode)
+        try:
+            _write(aside / name, data, mode & 0o666)
+            _mkdir(self.entries, mode)
+            os.rename(aside / name, self.entries / name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -202,6 +225,13 @@ class Folder:
                 with suppress(OSError):
                     if time.time() - item.stat(follow_symlinks=False).st_mtime > seconds:
                         shutil.rmtree(item.path, ignore_errors=True)
+
+    def _make_root(self) -> int:
+        """Make the store's folder where there is none; its permissions."""
+        self.root.mkdir(mode=0o755, parents=True, exist_ok=True)
+        with open_folder(self.root) as root:
+            self._check(root, str(self.root))
+            return stat.S_IMODE(os.fstat(root).st_mode)
 
     def _aside(self, mode: int) -> Path:
         """A new folder beside the entries, on the same file system; its name is no key, so nothing looks into it."""

@@ -185,7 +185,7 @@ def _hit(entry: Entry) -> Entry:
 
 def _of_any_toolchain(request: str) -> Entry | None:
     """On a host without the compiler, what any compiler made of the same request serves."""
-    keys = _on_disk("reading", lambda folder: folder.keys(request)) or []
+    keys = on_disk("reading", lambda folder: folder.keys(request)) or []
     return next((found for found in map(_read, keys) if found is not None), None)
 
 
@@ -236,7 +236,7 @@ def _lock_path(key: Key) -> Path | None:
         return None
     with suppress(OSError):
         (folder / "locks").mkdir(mode=0o700, exist_ok=True)
-    store = _on_disk("locking", lambda folder: str(folder.root))
+    store = on_disk("locking", lambda folder: str(folder.root))
     return folder / "locks" / digest([store, key.key])[:40]
 
 
@@ -298,15 +298,15 @@ def _publish(entry: Entry) -> Entry:
     """Put it into the folder. Where somebody was faster, theirs is used by all; where it cannot be, it stays in
     memory.
     """
-    written = _on_disk("writing", lambda folder: folder.publish(entry))
+    written = on_disk("writing", lambda folder: folder.publish(entry))
     if written:
-        _on_disk("pruning", evict.after_publish)
+        on_disk("pruning", evict.after_publish)
         return entry
     if written is False:
         found = _read(entry.key)
         if found is not None:
             return found
-        written = _on_disk(
+        written = on_disk(
             "writing", lambda folder: folder.publish(entry)
         )  # what was there was damaged, and is set aside now
     if not written:
@@ -321,7 +321,7 @@ def _publish(entry: Entry) -> Entry:
 def _read(key: Key) -> Entry | None:
     """The folder's entry, or None; a damaged one is set aside."""
     try:
-        entry = _on_disk("reading", lambda folder: folder.read(key))
+        entry = on_disk("reading", lambda folder: folder.read(key))
     except Corrupt as error:
         _set_aside(key, str(error))
         return None
@@ -341,15 +341,15 @@ def note_damage(reason: str) -> None:
 
 
 def _is_published(key: Key) -> bool:
-    return bool(_on_disk("reading", lambda folder: folder.path(key).exists()))
+    return bool(on_disk("reading", lambda folder: folder.path(key).exists()))
 
 
 def _set_aside(key: Key, reason: str) -> None:
     note_damage(reason)
-    _on_disk("setting aside", lambda folder: folder.set_aside(key))
+    on_disk("setting aside", lambda folder: folder.set_aside(key))
 
 
-def _on_disk(doing: str, work: Callable[[Folder], _T]) -> _T | None:
+def on_disk(doing: str, work: Callable[[Folder], _T]) -> _T | None:
     """Do something with the user's folder, within its time. None, after one warning, when it cannot be done."""
     try:
         folder = default_folder()
@@ -383,7 +383,7 @@ def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any]) -> str:
     """What is different in the nearest entry."""
     best: list[str] | None = None
     asked = {**fields, "toolchain": toolchain}
-    for found in _on_disk("listing", lambda folder: list(evict.manifests(folder, limit=256))) or ():
+    for found in on_disk("listing", lambda folder: list(evict.manifests(folder, limit=256))) or ():
         if found["fields"].get("kind") != fields.get("kind"):
             continue
         differs = difference(asked, {**found["fields"], "toolchain": found["toolchain"]})
