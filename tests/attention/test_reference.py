@@ -146,13 +146,13 @@ def test_dense_kv_with_lengths_and_layouts():
 def test_plans_of_dense_attention_are_kept_and_bounded():
     from flashloom.attention import function
 
-    function._recent.plans.clear()
-    for n in range(1, function._PLANS_KEPT + 10):
-        x = torch.randn(n, 2, 8)
-        batch = x.transpose(0, 1)[None]
+    function._recent.clear()
+    for n in range(1, function._PLANS_KEPT + 10):  # requests
+        x = torch.randn(3, 2, 8)
+        batch = x.transpose(0, 1).expand(n, 2, 3, 8)
         out = fl.attention(batch, batch, batch, variant=fl.causal)
-        close(out[0].transpose(0, 1), dense(x, x, x, torch.ones(n, n).tril().bool()))
-    assert len(function._recent.plans) == function._PLANS_KEPT
+        close(out[n // 2].transpose(0, 1), dense(x, x, x, torch.ones(3, 3).tril().bool()))
+    assert len(function._recent.plans) == len(function._recent.calls) == function._PLANS_KEPT
     before = list(function._recent.plans.values())[-1]
     fl.attention(batch, batch, batch, variant=fl.causal)
     assert list(function._recent.plans.values())[-1] is before
@@ -161,11 +161,14 @@ def test_plans_of_dense_attention_are_kept_and_bounded():
 def test_plans_of_one_request_follow_lengths_of_their_size_class():
     from flashloom.attention import function
 
-    function._recent.plans.clear()
+    function._recent.clear()
     for n in range(1, 65):
         x = torch.randn(n, 2, 8)
-        close(fl.attention(x, x, x, variant=fl.causal), dense(x, x, x, torch.ones(n, n).tril().bool()))
-    assert len(function._recent.plans) == 7  # 1, 2, 4, ... 64 tokens
+        want = dense(x, x, x, torch.ones(n, n).tril().bool())
+        close(fl.attention(x, x, x, variant=fl.causal), want)
+        batch = x.transpose(0, 1)[None]
+        close(fl.attention(batch, batch, batch, variant=fl.causal)[0].transpose(0, 1), want)
+    assert len(function._recent.plans) == 2 * 7  # 1, 2, 4, ... 64 tokens, in each form
 
 
 def test_dense_attention_takes_fields_of_its_variant():

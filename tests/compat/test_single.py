@@ -128,7 +128,7 @@ def refuse_keys(*refused):
 def test_lengths_that_grow_share_plans():
     from flashloom.attention import function
 
-    function._recent.plans.clear()
+    function._recent.clear()
     q, _, _ = data()
     for length in range(33, 65):
         k, v = torch.randn(2, length, 2, D)

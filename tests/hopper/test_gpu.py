@@ -83,6 +83,9 @@ CASES = [
     Case([40, 60], [300, 1000], G, BF16, page_size=16, variant=steep, sm_scale=-0.2),
     Case([600, 1, 1, 1, 2], [600, 4000, 300, 1, 5000], G, BF16, page_size=16, variant=causal),
     Case([600, 1, 1], [600, 4000, 300], G, BF16, page_size=16, variant=causal, on_device=True),
+    Case([300] * 3, [300, 1000, 301], G, BF16, kind="dense", layout="HND", variant=causal, by_request=True),
+    Case([40] * 5, [300, 40, 1000, 0, 77], G, F16, page_size=16, variant=sinks, by_request=True),
+    Case([129] * 2, [200, 129], H(8, 2, 256), BF16, kind="ragged", by_request=True, partial=True),
 ]
 
 

@@ -63,6 +63,7 @@ class Case:
     split_values: bool = False
     partial: bool = False
     sm_scale: float | None = None
+    by_request: bool = False  # also with rows [requests, tokens, heads, dim], in several strides
 
     def __str__(self) -> str:
         h = self.heads
@@ -196,6 +197,21 @@ def check(case: Case, device: Any = "cpu", executor: str = "triton") -> tuple[fl
             lse_error = float((lse[:tokens].double() - want_lse)[~empty].abs().max())
         size = float(want_lse[~empty].abs().max()) if not bool(empty.all()) else 0.0
         assert lse_error <= (2e-6 if case.dtype == F32 else 4e-3) * (size + 3), f"{case}: lse error {lse_error:.2e}"
+    if case.by_request:
+        rows = q.view(requests, -1, *q.shape[1:])
+        for layout in ("heads first", "padded", "other out"):
+            lie = torch.empty_like(rows.transpose(1, 2), memory_format=torch.contiguous_format)
+            if layout == "padded":
+                lie = torch.full((*lie.shape[:2], lie.shape[2] + 3, lie.shape[3]), float("nan"), dtype=q.dtype).to(q)
+                lie = lie[:, :, 1:-2]
+            lie.copy_(rows.transpose(1, 2))
+            own = {"out": out.new_full((*rows.shape[:-1], heads.value_dim), float("nan"))}
+            if layout != "other out":
+                own = {}
+            result = plan.run(lie.transpose(1, 2), parts, partial=case.partial, return_lse=softmax, **own)
+            result, result_lse = result if softmax else (result, None)
+            assert torch.equal(result.flatten(0, 1), out[:tokens]), f"{case}: rows of requests, {layout}"
+            assert lse is None or torch.equal(result_lse.flatten(0, 1), lse[:tokens])
     again = torch.full_like(out, float("nan"))
     plan.run(padded, parts, out=again, lse=lse, partial=case.partial)
     assert torch.equal(again[:tokens], out[:tokens]), f"{case}: two runs differ"
@@ -289,5 +305,8 @@ CASES = [
     Case([1, 2], [20, 30], dtype=F32, kv_dtype=I8, scales="head", variant=rope),
     Case([1, 2], [40, 30], H.mla(4, 32, 16), dtype=BF16),
     Case([1, 1, 4], [20, 60, 5], variant=causal, sm_scale=-0.3),
+    Case([5, 5, 5], [5, 40, 20], variant=scaled, kind="dense", layout="HND", by_request=True),
+    Case([1, 1], [300, 7], H(4, 1, 16), BF16, variant=causal, page_size=16, by_request=True),
+    Case([3, 3], [40, 20], H(2, 2, 24), F16, variant=sinks, odd_strides=True, kind="ragged", by_request=True),
     Case([1, 1], [2100, 60], H(1, 1, 16), invariant=True, page_size=512),
 ]

@@ -114,10 +114,52 @@ def test_block_patterns(kind, variant, monkeypatch):
         else:
             plan.update(batch)
         q = torch.randn(sum(q_lens), 4, 32)
-        out, lse = plan.run(q, (k, v), return_lse=True)
         want, want_lse = attention_reference(q, k, v, batch, variant)
+        out, lse = plan.run(q, (k, v), return_lse=True)
         torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(lse.double(), want_lse.double(), atol=2e-5, rtol=2e-5)
     other = fl.Batch(q_lens=q_lens, kv=fl.BlockSparseKV(kv, [0] * 4, [], block_q=8, block_kv=8))
     with pytest.raises(ValueError, match="made for blocks of 4 queries and 8 keys"):
         plan.update(other)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_block_patterns_visit_no_other_tiles(invariant, monkeypatch):
+    """Keys and values of tiles that a block of rows does not see are NaN, which any visit would carry into the
+    result."""
+    monkeypatch.setitem(dispatch.ATTENTION, "cpu", ["flashloom.attention.triton_executor:TritonExecutor"])
+    heads, page = fl.HeadShape(2, 1, 16), 16
+    tiles = 40
+    order = torch.randperm(2 * tiles)
+    kv = fl.PageTable.from_block_table(order.view(2, tiles).int(), [tiles * page - 3, 9 * page], page_size=page)
+    k, v = torch.randn(2, 2 * tiles, page, 1, 16)
+    lists = [[3, 11, 39], [3, 25], [0], []]  # of the blocks of 8 rows of two requests
+    indptr = torch.tensor([0, *map(len, lists)]).cumsum(0)
+    blocks = fl.BlockSparseKV(kv, indptr, [i for one in lists for i in one], block_q=8, block_kv=page)
+    batch = fl.Batch([16, 16], kv=blocks)
+    variant = fl.causal & fl.softcap(7.0)
+    attn = fl.Attention(heads, variant=variant, dtype=F32, device="cpu", batch_invariant=invariant)
+    plan = attn.plan(batch)
+    config = plan._executor.config
+    per_tile = max(config.block_n // page, 1)
+    assert config.block_m <= 32, "one block of rows would see what both blocks of queries see"
+    seen = {
+        request: {
+            i // per_tile * per_tile + j
+            for one in lists[2 * request : 2 * request + 2]
+            for i in one
+            for j in range(per_tile)
+        }
+        for request in (0, 1)
+    }
+    unseen = [int(order[request * tiles + i]) for request in (0, 1) for i in range(tiles) if i not in seen[request]]
+    assert len(unseen) > tiles
+    clean_k, clean_v = k.clone(), v.clone()
+    k[unseen], v[unseen] = float("nan"), float("nan")
+    q = torch.randn(32, 2, 16)
+    want, want_lse = attention_reference(q, clean_k, clean_v, batch, variant)
+    out, lse = plan.run(q, (k, v), return_lse=True)
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse.double(), want_lse.double(), atol=2e-5, rtol=2e-5)
+    k[int(order[3])] = float("nan")
+    assert plan.run(q, (k, v)).isnan().any(), "a tile in the pattern was not visited"

@@ -62,6 +62,8 @@ LARGE = [
     Case([200, 30], [300, 200], H(4, 1, 80), BF16, page_size=16, variant=causal),
     Case([200, 30], [300, 200], H(4, 1, 192, 80), BF16, kind="ragged", odd_strides=True),
     Case([1, 30], [900, 300], H(5, 1, 80), BF16, page_size=3, odd_strides=True, variant=causal),
+    Case([300, 300], [300, 700], G, BF16, kind="dense", layout="HND", variant=causal, by_request=True),
+    Case([1, 1], [5000, 700], G, BF16, page_size=16, variant=sinks, by_request=True),
 ]
 
 

@@ -15,6 +15,7 @@ from flashloom import dispatch, records, settings
 from flashloom.attention import check, pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.rows import like
 from flashloom.attention.shape import HeadShape
 from flashloom.kernel.cuda import stream_of
 from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout
@@ -26,6 +27,7 @@ _log = logging.getLogger("flashloom")
 _handles = itertools.count(1)
 #: Plans by handle, for calls that come back through torch.library.
 PLANS: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+_NO_LAUNCH = (None, None)
 _VARIANTS_KEPT = 256  # per plan: other instances of the variant that were accepted
 
 
@@ -121,11 +123,15 @@ class Plan:
         self._busy = threading.Lock()
         # the arguments that run() accepted last; it diagnoses only what differs from them
         self._q_shape: torch.Size | None = None
+        self._flat = True
         self._out_shape: torch.Size = torch.Size(())
         self._kv_signature: tuple | None = None
         self._kv_known: tuple | None = None
         self._pages_known: int | None = None  # a cache of so many pages has all those of the batch
         self._repeat: Any = None  # launches once more if nothing but addresses has changed since it was set
+        # the last run's `repeat` and `again` of the executor, for `fl.attention`; another object for every run that was
+        # prepared anew, and None where it cannot be repeated
+        self.launch: tuple[Any, Any] = _NO_LAUNCH
         check.batch(batch, self._device)
         if settings.get().enable_cudagraph:
             reserve = self._reserve = (reserve or Reserve()).fixed(batch)
@@ -157,8 +163,9 @@ class Plan:
         lse float32 [tokens, q_heads], natural logarithm, before output_transform. With `out` and `lse` given nothing
         is allocated; rows beyond the batch stay untouched. partial: leave output_transform to `merge`. variant:
         another instance of the planned variant (a layer's own sinks, slopes, scales). A row with nothing to attend to
-        gives 0 and -inf. sm_scale: in place of the Attention's, for this call. Raises TypeError, ValueError or
-        RuntimeError before any work."""
+        gives 0 and -inf. sm_scale: in place of the Attention's, for this call. Where all requests have as many query
+        tokens, q may be [requests, tokens, q_heads, dim] in any strides; out and lse then have that form, and lie in
+        memory as q does. Raises TypeError, ValueError or RuntimeError before any work."""
         if torch.compiler.is_compiling():
             from flashloom.attention import library
 
@@ -172,7 +179,7 @@ class Plan:
             if plain and self._repeat is not None:
                 k, v, k_scale, v_scale = self._pair(kv) if type(kv) is tuple else _parts(kv)
                 if k is not None and type(q) is Tensor:
-                    to = q.new_empty(self._out_shape, dtype=self._out_dtype) if out is None else out
+                    to = self._empty(q) if out is None else out
                     if self._cuda_index is not None:
                         self._check_stream()
                     if self._repeat(q, k, v, k_scale, v_scale, to):
@@ -181,7 +188,7 @@ class Plan:
                 type(q) is not Tensor
                 or q.shape != self._q_shape
                 or q.dtype is not self._q_dtype
-                or not (q.is_contiguous() or q.stride(2) == 1)
+                or not (q.is_contiguous() or q.stride(-1) == 1)
                 or q.device != self._device
                 or q.requires_grad
             ):
@@ -195,18 +202,18 @@ class Plan:
             if kv.signature is not self._kv_signature:
                 self._accept_kv(kv)
             if out is None:
-                out = q.new_empty(self._out_shape, dtype=self._out_dtype)
+                out = self._empty(q)
             elif (
                 type(out) is not Tensor
                 or out.shape != self._out_shape
                 or out.dtype is not self._out_dtype
-                or not (out.is_contiguous() or out.stride(2) == 1)
+                or not (out.is_contiguous() or out.stride(-1) == 1)
                 or out.device != self._device
                 or out.requires_grad
             ):
                 check.output(out, q, self.attention.heads, self._device)
             if lse is not None or return_lse:
-                lse = self._accept_lse(lse, q)
+                lse = self._accept_lse(lse, q, out)
             values = self._values if variant is None or variant is self._variant else self._values_of(variant)
             if self._values_grad:
                 check.fields(self._program, values, self.attention.heads, self._device)
@@ -216,8 +223,11 @@ class Plan:
             if self._nothing:
                 return (out, lse) if return_lse else out
             self._executor.run(q, kv, out, lse, sm_scale=scale, partial=partial, values=values)
-            keep = plain and not (self._contents or self._values_grad)
-            self._repeat = getattr(self._executor, "repeat", None) if keep else None
+            self._repeat, self.launch = None, _NO_LAUNCH
+            if lse is None and not (self._contents or self._values_grad):
+                self.launch = getattr(self._executor, "repeat", None), getattr(self._executor, "again", None)
+                if plain:
+                    self._repeat = self.launch[0]
         finally:
             self._busy.release()
         return (out, lse) if return_lse else out
@@ -230,7 +240,13 @@ class Plan:
 
     def _accept_q(self, q: Tensor) -> None:
         check.query(q, self.attention.heads, self._q_dtype, self._device, self._batch)
-        self._q_shape, self._out_shape = q.shape, torch.Size((q.shape[0], *self._row))
+        self._q_shape, self._out_shape = q.shape, torch.Size((*q.shape[:-2], *self._row))
+        self._flat = q.dim() == 3
+
+    def _empty(self, q: Tensor) -> Tensor:
+        if self._flat:
+            return q.new_empty(self._out_shape, dtype=self._out_dtype)
+        return like(q, self._row[1], self._out_dtype)
 
     def _accept_kv(self, kv: KV) -> None:
         if kv.signature == self._kv_known and not self._contents:  # only the batch is new
@@ -245,17 +261,17 @@ class Plan:
         if (kv.k.requires_grad or kv.v.requires_grad) is False:
             self._kv_signature = self._kv_known = kv.signature
 
-    def _accept_lse(self, lse: Tensor | None, q: Tensor) -> Tensor:
+    def _accept_lse(self, lse: Tensor | None, q: Tensor, out: Tensor) -> Tensor:
         if not self._softmax:
             raise ValueError(
                 "this variant has softmax = False, so there is no lse: leave out lse= and return_lse; its partial "
                 "results add"
             )
         if lse is None:
-            return torch.empty((q.shape[0], self._row[0]), dtype=torch.float32, device=self._device)
+            return like(out, None, torch.float32)
         if (
             type(lse) is not Tensor
-            or lse.shape != self._out_shape[:2]
+            or lse.shape != self._out_shape[:-1]
             or lse.dtype is not torch.float32
             or lse.device != self._device
         ):
@@ -336,7 +352,7 @@ class Plan:
                 self._check_stream()
             try:
                 self._executor.update(batch)
-            except MemoryError:
+            except (MemoryError, ValueError):  # an executor that refuses a batch still has the one before
                 self._variant, self._values = former
                 self._accept_batch(old)
                 raise
@@ -354,8 +370,8 @@ class Plan:
         self._batch, self._checked, self._nothing = batch, checked, batch.tokens == 0
         if batch.kind == "dense":
             self._kv_known = None  # the tokens per row may be others
-        self._repeat = None
-        if self._q_shape is not None and self._q_shape[0] < (batch.tokens or 0):
+        self._repeat, self.launch = None, _NO_LAUNCH
+        if self._q_shape is not None and not (self._flat and self._q_shape[0] >= (batch.tokens or 0)):
             self._q_shape = None
         self._kv_signature = self._pages_known = None  # its pages are compared with the new table in the next run
 

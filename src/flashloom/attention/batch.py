@@ -216,6 +216,15 @@ class Batch:
         """Offsets of the requests' keys in per-key-token fields, int32 [requests + 1]."""
         return cumulative(self.kv_lens)
 
+    @cached_property
+    def each(self) -> int | None:
+        """Query tokens of every request, or None where they differ, where only the device knows them, or where there
+        are no requests."""
+        if not self.host or not self.requests:
+            return None
+        lens = np.diff(self.q_indptr.numpy())
+        return int(lens[0]) if (lens == lens[0]).all() else None
+
     @property
     def kv_tokens(self) -> int | None:
         """Key tokens of the batch; None where only the device knows it."""

@@ -75,8 +75,20 @@ def query(q: object, heads: HeadShape, want: torch.dtype, device: torch.device, 
     form = f"[tokens, q_heads, dim] = [tokens, {heads.q_heads}, {heads.dim}]"
     tensor("q", q, form, want, device)
     assert isinstance(q, torch.Tensor)
-    if q.dim() != 3 or q.shape[1] != heads.q_heads or q.shape[2] != heads.dim:
+    if q.dim() not in (3, 4) or tuple(q.shape[-2:]) != (heads.q_heads, heads.dim):
         raise ValueError(f"q has shape {tuple(q.shape)}: must be {form}")
+    if q.dim() == 4:
+        if batch.each != q.shape[1] or batch.requests != q.shape[0]:
+            lengths = (
+                "lengths on a device, which are not read"
+                if not batch.host
+                else f"{batch.requests} requests of {'several lengths' if batch.each is None else batch.each}"
+            )
+            raise ValueError(
+                f"q has shape {tuple(q.shape)} but the batch has {lengths}: [requests, tokens, q_heads, dim] is for "
+                f"requests of one length that the host knows; pass {form}"
+            )
+        return
     if batch.tokens is not None and q.shape[0] < batch.tokens:
         raise ValueError(
             f"q has {q.shape[0]} tokens but the batch has {batch.tokens}: pass every query token of the batch, or "
@@ -85,24 +97,26 @@ def query(q: object, heads: HeadShape, want: torch.dtype, device: torch.device, 
 
 
 def output(out: object, q: torch.Tensor, heads: HeadShape, device: torch.device) -> None:
-    form = f"[tokens, q_heads, value_dim] = [{q.shape[0]}, {heads.q_heads}, {heads.value_dim}]"
+    want = (*q.shape[:-1], heads.value_dim)
+    form = f"[{'requests, ' if q.dim() == 4 else ''}tokens, q_heads, value_dim] = {list(want)}"
     if isinstance(out, torch.Tensor):
         dtype("out.dtype", out.dtype, OUT_DTYPES)
     tensor("out", out, form, getattr(out, "dtype", torch.float32), device)
     assert isinstance(out, torch.Tensor)
-    if tuple(out.shape) != (q.shape[0], heads.q_heads, heads.value_dim):
+    if tuple(out.shape) != want:
         raise ValueError(f"out has shape {tuple(out.shape)}: must be {form}, one row per row of q")
 
 
 def logsumexp(lse: object, q: torch.Tensor, heads: HeadShape, device: torch.device) -> None:
-    form = f"[tokens, q_heads] = [{q.shape[0]}, {heads.q_heads}]"
+    want = tuple(q.shape[:-1])
+    form = f"[{'requests, ' if q.dim() == 4 else ''}tokens, q_heads] = {list(want)}"
     if not isinstance(lse, torch.Tensor):
         raise TypeError(f"lse is {type(lse).__name__}: give a float32 tensor {form}")
     if lse.dtype != torch.float32:
         raise TypeError(f"lse has dtype {lse.dtype}: must be float32")
     if lse.device != device:
         raise ValueError(f"lse is on {lse.device} but the plan is for {device}: make it there")
-    if tuple(lse.shape) != (q.shape[0], heads.q_heads):
+    if tuple(lse.shape) != want:
         raise ValueError(f"lse has shape {tuple(lse.shape)}: must be {form}, one row per row of q")
 
 

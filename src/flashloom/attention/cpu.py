@@ -25,6 +25,7 @@ from flashloom.attention import pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.cpu.config import DEFAULT, Config
+from flashloom.attention.rows import steps
 from flashloom.kernel import cpp
 from flashloom.kv_cache.cache import KV
 from flashloom.lower.cpp import render
@@ -50,7 +51,7 @@ class Args(ctypes.Structure):
         (name, ctypes.c_double if name == "sm_scale" else ctypes.c_int64)
         for name in (
             "q k v out lse k_scale v_scale words sm_scale partial out_type "
-            "q_token q_head out_token out_head lse_token lse_head "
+            "q_request q_token q_head out_request out_token out_head lse_request lse_token lse_head "
             "k_page k_token k_head v_page v_token v_head k_scale_page k_scale_head v_scale_page v_scale_head "
             "q_indptr kv_indptr kv_lens page_indptr pages page_size requests kv_heads threads batch_invariant "
             "items item_count item_capacity workspace workspace_size counters counter_count scratch scratch_size "
@@ -263,16 +264,16 @@ class CpuExecutor:
         """Write out and lse for the batch's tokens."""
         a = self._args
         a.q, a.out = q.data_ptr(), out.data_ptr()
-        if (stride := q.stride()) != self._q_stride:
-            self._q_stride, a.q_token, a.q_head = stride, stride[0], stride[1]
-        if (stride := out.stride()) != self._out_stride:
-            self._out_stride, a.out_token, a.out_head = stride, stride[0], stride[1]
+        if (stride := q.stride()) != self._q_stride or len(stride) == 4:
+            self._q_stride, (a.q_request, a.q_token, a.q_head) = stride, steps(q)
+        if (stride := out.stride()) != self._out_stride or len(stride) == 4:
+            self._out_stride, (a.out_request, a.out_token, a.out_head) = stride, steps(out)
         if out.dtype is not self._out_dtype:
             self._out_dtype, a.out_type = out.dtype, OUT_TYPES[out.dtype]
         if kv is not self._kv():
             self._take(kv)
         if lse is not None:
-            a.lse, (a.lse_token, a.lse_head) = lse.data_ptr(), lse.stride()
+            a.lse, (a.lse_request, a.lse_token, a.lse_head) = lse.data_ptr(), steps(lse, width=False)
             self._has_lse = True
         elif self._has_lse:
             a.lse, self._has_lse = 0, False
@@ -297,9 +298,13 @@ class CpuExecutor:
         scales = self._scales
         if self._same is None or not self._same(q, k, v, out) or k_scale is not scales[0] or v_scale is not scales[1]:
             return False
+        return self.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+
+    def again(self, q: int, k: int, v: int, out: int) -> bool:
+        """Run as the last time, and answer True, with these addresses of tensors that are otherwise as they were."""
         if _threads() != self._threads:
             return False
-        FIRST.pack_into(self._args, 0, q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        FIRST.pack_into(self._args, 0, q, k, v, out)
         self._kv = _nothing
         if self._values:
             self._args.words = self._words(self._values)

@@ -81,7 +81,8 @@ class Executor(Protocol):
         values: tuple[Any, ...],
     ) -> None:
         """Write out [rows, q_heads, value_dim] (float32, float16 or bfloat16, inner stride 1) and lse float32 [rows,
-        q_heads] for the batch's tokens; rows beyond them stay untouched. `values` are those of program.params."""
+        q_heads] for the batch's tokens; rows beyond them stay untouched. All of q, out and lse may have [requests,
+        tokens] in place of the rows, in any strides. `values` are those of program.params."""
 
     def explain(self) -> str:
         """Which kernel and config serve this plan, and why."""

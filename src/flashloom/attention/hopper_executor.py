@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
-from flashloom.attention.executor import AttentionSpec, CannotBuild
+from flashloom.attention.executor import AttentionSpec, CannotBuild, guard
 from flashloom.attention.kernels.hopper import asked, config
 from flashloom.attention.kernels.hopper.asked import Form
+from flashloom.attention.rows import steps
 from flashloom.attention.triton_buffers import PLAN_BLOCK, Buffers, Sizes, Staging
 from flashloom.attention.triton_executor import TritonExecutor
 from flashloom.kernel import gluon, launch
@@ -136,6 +137,7 @@ class HopperExecutor(TritonExecutor):
         sizes = Sizes(requests, tokens, pages, items, items, 0, stride)
         self._buffers = Buffers(sizes, 1, self._config.block_m, self.spec.heads.value_dim, self.device)
         self._sizes = sizes
+        self._error, self.repeat = self._buffers.error_words, None
         self._counter = torch.zeros(3, dtype=torch.int32, device=self.device)
         self.workspace_size = self._buffers.bytes
         place = {name: view.data_ptr() for name, view in self._buffers.views.items()}
@@ -165,9 +167,10 @@ class HopperExecutor(TritonExecutor):
         values: tuple[Any, ...],
     ) -> None:
         """One launch; see `executor.Executor.run`."""
-        k, v = kv.k, kv.v
-        q0, q1, _ = q.stride()
-        o0, o1, _ = out.stride()
+        k, v, heads = kv.k, kv.v, self.spec.heads
+        qr, q0, q1 = steps(q)
+        o_r, o0, o1 = steps(out)
+        l_r, l0, l1 = (0, 0, 0) if lse is None else steps(lse, width=False)
         k0, k1, k2, _ = k.stride()
         v0, v1, v2, _ = v.stride()
         places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
@@ -176,7 +179,12 @@ class HopperExecutor(TritonExecutor):
         if unfit or kv.k_scale is not None or kv.v_scale is not None or not k.numel():
             self._otherwise(q, kv, out, lse, sm_scale, partial, values)
             return
-        if self._buffers.error_words[0]:
+        q_jump, q_tokens = _jump(q, qr, q0)
+        out_jump, out_tokens = _jump(out, o_r, o0)
+        if q_jump is None or out_jump is None or (lse is not None and l_r != out_jump * l0):
+            self._otherwise(q, kv, out, lse, sm_scale, partial, values)
+            return
+        if self._error[0]:
             self._buffers.raise_error(self._sizes)
         if values is not self._values:
             self._words, self._values = self._flat(values), values
@@ -184,7 +192,6 @@ class HopperExecutor(TritonExecutor):
         kernel = self._hopper.get(form)
         if kernel is None:
             kernel = self._hopper[form] = self._attend(form)
-        heads = self.spec.heads
         if self._ragged:
             k_sizes = v_sizes = (1, k.shape[0], heads.kv_heads)
             k_strides, v_strides = (0, k0, k2), (0, v0, v2)
@@ -192,46 +199,48 @@ class HopperExecutor(TritonExecutor):
             k_sizes = v_sizes = (k.shape[0], k.shape[1], heads.kv_heads)
             k_strides, v_strides = (k0, k1, k2), (v0, v1, v2)
         q_map, *kv_maps, out_map = self._maps
-        maps = [q_map.get(places[0], (q.shape[0], heads.q_heads, heads.dim), (q0, q1))]
-        rows: tuple[int, ...] = ()
-        steps: tuple[int, ...] = ()
+        maps = [q_map.of((q_tokens, heads.q_heads, heads.dim), (q0, q1))]
+        steps_kv: tuple[int, ...] = ()
         if kv_maps:
-            maps.append(kv_maps[0].get(places[1], (*k_sizes, heads.dim), k_strides))
-            maps.append(kv_maps[1].get(places[2], (*v_sizes, heads.value_dim), v_strides))
+            maps.append(kv_maps[0].of((*k_sizes, heads.dim), k_strides))
+            maps.append(kv_maps[1].of((*v_sizes, heads.value_dim), v_strides))
         else:
-            rows, steps = places[1:3], tuple(x // 8 for x in (*k_strides, *v_strides))
+            steps_kv = tuple(x // 8 for x in (*k_strides, *v_strides))
         if out.dtype == q.dtype:
-            maps.append(out_map.get(places[3], (out.shape[0], heads.q_heads, heads.value_dim), (o0, o1)))
-        else:
-            maps.append(maps[0])  # not used
+            maps.append(out_map.of((out_tokens, heads.q_heads, heads.value_dim), (o0, o1)))
         vector = 16 // out.element_size()
-        flags, l0, l1, lse_place = 2 * partial, 0, 0, 0
-        if lse is not None:
-            flags += 1
-            l0, l1 = lse.stride()
-            lse_place = lse.data_ptr()
-        kernel.launch(
+        flags = 2 * partial + (lse is not None)
+        self._last, self._last_maps, self._lse_place = kernel, maps, 0 if lse is None else lse.data_ptr()
+        first = self._place(*places)
+        kernel(
             self._grid,
-            maps,
             (
-                places[3],
-                lse_place,
-                *rows,
-                *self._run_buffers,
-                o0 // vector,
-                o1 // vector,
-                l0,
-                l1,
-                *self._numbers,
-                sm_scale,
-                flags,
-                *steps,
-                *self._words,
+                *first, *self._run_buffers, q_jump, out_jump, o0 // vector, o1 // vector, l0, l1, *self._numbers,
+                sm_scale, flags, *steps_kv, *self._words,
             ),
-        )
+        )  # fmt: skip
+        self._same = guard(q, k, v, out) if lse is None else None
+        self.repeat = None if self._same is None else self._repeat
+
+    def _place(self, q: int, k: int, v: int, out: int) -> tuple[int, ...]:
+        """Give the last kernel the maps of the tensors at these addresses; answers its first words."""
+        maps = self._last_maps
+        if len(maps) < 3:  # keys and values are read row by row
+            self._last.put([maps[0](q), maps[-1](out if len(maps) == 2 else q)])
+            return out, self._lse_place, k, v
+        self._last.put([maps[0](q), maps[1](k), maps[2](v), maps[-1](out) if len(maps) == 4 else maps[0](q)])
+        return out, self._lse_place
+
+    def again(self, q: int, k: int, v: int, out: int) -> bool:
+        """Launch as the last time, and answer True, with these addresses of tensors that are otherwise as they were."""
+        if (q | k | v | out) & 15 or self._error[0]:
+            return False
+        self._last.again(self._grid, self._place(q, k, v, out))
+        return True
 
     def _otherwise(self, q: Any, kv: KV, out: Any, lse: Any, sm_scale: float, partial: bool, values: Any) -> None:
         """By the Triton kernels, which are built when they are first needed."""
+        self.repeat = None
         if self._other is None:
             if torch.cuda.is_current_stream_capturing():
                 raise ValueError(
@@ -239,8 +248,8 @@ class HopperExecutor(TritonExecutor):
                     "plan: run it once before it is captured"
                 )
             _log.warning(
-                "flashloom: rows that are not multiples of 16 bytes, or scaled keys, are computed by Triton kernels "
-                "instead of the Hopper kernel"
+                "flashloom: rows that are not multiples of 16 bytes, requests that do not begin at multiples of them, "
+                "or scaled keys, are computed by Triton kernels instead of the Hopper kernel"
             )
             other = TritonExecutor(self.spec, self.device)
             other.plan(self._batch, self._reserve)
@@ -262,6 +271,16 @@ def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
+
+def _jump(x: torch.Tensor, request: int, token: int) -> tuple[int | None, int]:
+    """For rows with these steps: tokens from the end of a request to the next one's first (None where a tensor map,
+    which knows of tokens and heads alone, cannot say it), and tokens from the first to the last one's end."""
+    if request == 0:
+        return 0, x.shape[0] if x.dim() == 3 else x.shape[0] * x.shape[1]
+    jump, rest = divmod(request, token)
+    tokens = (x.shape[0] - 1) * (x.shape[1] + jump) + x.shape[1]
+    return None if rest or tokens >= 1 << 31 else jump, tokens
 
 
 def _mean(batch: Batch) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashloom.attention import check
+from flashloom.attention.rows import like
 from flashloom.kv_cache.cache import KV
 from flashloom.variant.variant import INSTANCES, Variant
 
@@ -53,9 +54,9 @@ def run(
     heads = plan.attention.heads
     check.grad("q", q)
     if out is None:
-        out = q.new_empty((q.shape[0], heads.q_heads, heads.value_dim), dtype=plan.attention.spec.out_dtype)
+        out = like(q, heads.value_dim, plan.attention.spec.out_dtype)
     if lse is None and return_lse:
-        lse = q.new_empty((q.shape[0], heads.q_heads), dtype=torch.float32)
+        lse = like(out, None, torch.float32)
     if isinstance(kv, KV):
         views, parts = True, (kv.k, kv.v, kv.k_scale, kv.v_scale)
     else:
@@ -113,12 +114,10 @@ def _dense_fake(
     q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
-    if q.dim() == 4:  # the memory order is [batch, tokens, heads, value_dim]
-        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=dtype).transpose(1, 2)
-        lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32).transpose(1, 2)
-    else:
-        out = q.new_empty((q.shape[0], q.shape[1], v.shape[2]), dtype=dtype)
-        lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
+    rows = q.transpose(1, 2) if q.dim() == 4 else q
+    out, lse = like(rows, v.shape[-1], dtype), like(rows, None, torch.float32)
+    if q.dim() == 4:
+        out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     return out, lse if return_lse else q.new_empty(0, dtype=torch.float32)
 
 

@@ -279,6 +279,10 @@ class ReferenceExecutor:
         partial: bool,
         values: tuple[Any, ...],
     ) -> None:
+        to, to_lse = out, lse
+        if q.dim() == 4:
+            q, to = q.flatten(0, 1), out.new_empty((q.shape[0] * q.shape[1], *out.shape[2:]))
+            to_lse = None if lse is None else lse.new_empty(to.shape[:2])
         attend(
             self._spec.program,
             values,
@@ -286,11 +290,15 @@ class ReferenceExecutor:
             kv,
             self._batch.to_host(),
             sm_scale,
-            out,
-            lse,
+            to,
+            to_lse,
             partial=partial,
             dtype=torch.float32,
         )
+        if to is not out:
+            out.copy_(to.view(out.shape))
+            if lse is not None:
+                lse.copy_(to_lse.view(lse.shape))  # type: ignore[union-attr]
 
     def explain(self) -> str:
         return "torch operators, one request after another, in float32; waits for the device where there is one"

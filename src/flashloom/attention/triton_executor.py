@@ -18,12 +18,14 @@ from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
+from flashloom.attention.rows import steps
 from flashloom.attention.triton_blocks import Pattern
 from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
 from flashloom.kernel import launch
 from flashloom.kernel.triton import TritonKernel, interpreting
 from flashloom.kv_cache.cache import KV
 from flashloom.target import Target
+from flashloom.variant.expr import Program
 
 __all__ = ["TritonExecutor"]
 
@@ -47,6 +49,7 @@ class TritonExecutor:
         self._last: Any = None
         self._last_grid = 0
         self._pattern: Pattern | None = None
+        self._own: Program | None = None  # the program without the pattern
         self._of_variant: Any = None
         self._with_pattern: tuple[Any, ...] = ()
         self._same: Any = None
@@ -70,7 +73,7 @@ class TritonExecutor:
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Choose the config, build the kernels, allocate the buffers and write the first partition."""
         if batch.blocks is not None:
-            self._pattern = Pattern(batch, self.device)
+            self._pattern, self._own = Pattern(batch, self.device), self.spec.program
             self.spec = replace(self.spec, program=self._pattern.program(self.spec.program))
         spec, heads = self.spec, self.spec.heads
         self._paged, self._ragged = batch.kind == "paged", batch.ragged
@@ -148,7 +151,7 @@ class TritonExecutor:
 
     def _asked(self, form: Form) -> TritonKernel:
         page_size = self._table_page if self._paged else 0
-        return asked.attend_kernel(self.spec, form, self.config, page_size, self.target)
+        return asked.attend_kernel(self.spec, form, self.config, page_size, self.target, self._own)
 
     def _grow(self, batch: Batch) -> None:
         """Allocate buffers for the reserve, or for this batch where it leaves sizes open."""
@@ -176,8 +179,13 @@ class TritonExecutor:
     def update(self, batch: Batch) -> None:
         """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""
         self._buffers.raise_error(self._sizes)
+        if self._gpu and batch.host and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "update() with lengths on the host cannot be captured, a replay would repeat them: put lengths and "
+                "tables on the GPU"
+            )
         if self._pattern is not None:
-            self._pattern.take(batch)
+            self._pattern.take(batch, self.spec.heads.group, self.config.block_m, self.config.block_n)
             self._of_variant = None
         sizes = self._sizes
         if (
@@ -200,11 +208,6 @@ class TritonExecutor:
                 batch.pages if batch.pages.numel() else batch.page_indptr,
             )
         elif batch.host:
-            if torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    "update() with lengths on the host cannot be captured, a replay would repeat them: put lengths and "
-                    "tables on the GPU"
-                )
             assert self._staging is not None
             tensors = self._staging.copy(batch, 3 * sizes.requests + 2 + sizes.pages)
         else:
@@ -250,7 +253,7 @@ class TritonExecutor:
             values = self._with_pattern
         k, v, k_scale, v_scale = kv.k, kv.v, kv.k_scale, kv.v_scale
         state = (
-            q.stride(), k.stride(), v.stride(), out.stride(), out.dtype, sm_scale, partial,
+            q.shape[1], q.stride(), k.stride(), v.stride(), out.stride(), out.dtype, sm_scale, partial,
             None if lse is None else lse.stride(), None if k_scale is None else k_scale.shape,
             None if v_scale is None else v_scale.shape,
         )  # fmt: skip
@@ -277,18 +280,16 @@ class TritonExecutor:
 
     def _repeat(self, q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, out: Any) -> bool:
         """Launch as the last time, and answer True, if these arguments differ from the last ones in addresses alone."""
-        if not self._same(q, k, v, out):
-            return False
-        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         scales = self._scales
-        if (
-            (places[0] | places[1] | places[2] | places[3]) & 15 != self._low
-            or k_scale is not scales[0]
-            or v_scale is not scales[1]
-            or self._error[0]
-        ):
+        if k_scale is not scales[0] or v_scale is not scales[1] or not self._same(q, k, v, out):
             return False
-        self._last.again(self._last_grid, places)
+        return self.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+
+    def again(self, q: int, k: int, v: int, out: int) -> bool:
+        """Launch as the last time, and answer True, with these addresses of tensors that are otherwise as they were."""
+        if (q | k | v | out) & 15 != self._low or self._error[0]:
+            return False
+        self._last.again(self._last_grid, (q, k, v, out))
         return True
 
     def _prepared(
@@ -303,23 +304,26 @@ class TritonExecutor:
     ) -> tuple[Any, int, tuple[Any, ...]]:
         """The kernel for these arguments, its number of programs, and its words between the seven pointers and the
         variant's values."""
-        q0, q1, _ = q.stride()
-        o0, o1, _ = out.stride()
+        qr, q0, q1 = steps(q)
+        o_r, o0, o1 = steps(out)
         k0, k1, k2, _ = kv.k.stride()
         v0, v1, v2, _ = kv.v.stride()
         if self._ragged:
             k1, v1 = k0, v0
         size_q, size_kv, size_o = q.element_size(), kv.k.element_size(), out.element_size()
-        odd = low | (q0 | q1) * size_q | (k0 | k1 | k2 | v0 | v1 | v2) * size_kv | (o0 | o1) * size_o
+        odd = low | (qr | q0 | q1) * size_q | (k0 | k1 | k2 | v0 | v1 | v2) * size_kv | (o_r | o0 | o1) * size_o
         aligned = odd & 15 == 0
         n, m, o = (16 // size_q, 16 // size_kv, 16 // size_o) if aligned else (1, 1, 1)
-        strides = (q0 // n, q1 // n, *(x // m for x in (k0, k1, k2, v0, v1, v2)), o0 // o, o1 // o)
+        strides = (
+            *(x // n for x in (qr, q0, q1)), *(x // m for x in (k0, k1, k2, v0, v1, v2)),
+            *(x // o for x in (o_r, o0, o1)),
+        )  # fmt: skip
         (kp, kh), (vp, vh) = _scale_strides(kv.k_scale), _scale_strides(kv.v_scale)
         form = Form(out.dtype, aligned, bool(kp or vp), sm_scale < 0)
         kernel = self._kernels.get(form)
         if kernel is None:
             kernel = self._kernels[form] = launch.launcher(self._asked(form), self.device)
-        lse_strides = (0, 0) if lse is None else lse.stride()
+        lse_strides = (0, 0, 0) if lse is None else steps(lse, width=False)
         flags = 2 * partial + (lse is not None)
         grid = self._grid * asked.parts(form, self.config)
         return kernel, grid, (*self._run_buffers, *strides, *lse_strides, kp, kh, vp, vh, sm_scale, flags)

@@ -8,7 +8,8 @@ same tensors again and again.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ MAP_BYTES = 128
 _TYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLE_128B, _PROMOTE_128B = 3, 2
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_KEPT = 1024
+_KEPT, _ADDRESSES = 1024, 256  # forms of tensors, and tensors of one form
 
 
 def tensor_map_type(box: Sequence[int], dtype: torch.dtype) -> str:
@@ -53,20 +54,21 @@ class TensorMaps:
         self._box = (ctypes.c_uint32 * rank)(*reversed((*box[:-1], inner)))
         self._steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         self._rank, self._type, self._size = rank, _TYPES[dtype], dtype.itemsize
-        self._known: dict[tuple[Any, ...], bytes] = {}
+        self._known: dict[tuple[Any, ...], Callable[[int], bytes]] = {}
 
-    def get(self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
-        """The map of a tensor: sizes outermost first, strides in elements of all dimensions but the last, which is
-        contiguous. The address and the strides must be multiples of 16 bytes."""
-        key = (address, sizes, strides)
-        known = self._known.get(key)
-        if known is None:
+    def of(self, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[int], bytes]:
+        """A function that answers the map of the tensor at an address, a multiple of 16 bytes: sizes outermost first,
+        strides in elements of all dimensions but the last, which is contiguous; they must be multiples of 16 bytes."""
+        key = (sizes, strides)
+        found = self._known.get(key)
+        if found is None:
             if len(self._known) >= _KEPT:
                 self._known.clear()
-            known = self._known[key] = self._encode(address, sizes, strides)
-        return known
+            encode = functools.partial(self._encode, sizes, strides)
+            found = self._known[key] = functools.lru_cache(_ADDRESSES)(encode)
+        return found
 
-    def _encode(self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
+    def _encode(self, sizes: tuple[int, ...], strides: tuple[int, ...], address: int) -> bytes:
         memory = ctypes.create_string_buffer(MAP_BYTES + 64)
         place = -(-ctypes.addressof(memory) // 64) * 64  # the driver wants it aligned
         # the stride of a dimension of size 1 says nothing, and need not be one that the driver accepts
@@ -96,13 +98,12 @@ class MapLaunch(cuda.Launch):
         self._bind((ctypes.c_void_p * (len(words) + len(types) + 2))(*words, *self._array))
         self._maps: list[bytes] = [b""] * len(ranks)
 
-    def launch(self, grid: int, maps: Sequence[bytes], words: Sequence[Any]) -> None:
-        """Launch `grid` blocks with these maps and other arguments on torch's current stream of the device."""
+    def put(self, maps: Sequence[bytes]) -> None:
+        """Take these maps for the next launches."""
         for i, encoded in enumerate(maps):
             if encoded is not self._maps[i]:
                 ctypes.memmove(self._places[i], encoded, MAP_BYTES)
                 self._maps[i] = encoded
-        self(grid, words)
 
 
 def launcher(kernel: GluonKernel, device: torch.device) -> MapLaunch:

@@ -60,7 +60,7 @@ template <class C, class V> struct Packer {
       const uint16_t* x = w.zero;
       if (first + i < end) {
         int32_t q_head = kv_head * G + head;
-        x = (const uint16_t*)a.q + (r.q_start + token) * a.q_token + q_head * a.q_head;
+        x = (const uint16_t*)a.q + r.batch * a.q_request + (r.q_start + token) * a.q_token + q_head * a.q_head;
         if constexpr (V::has_query || DIM % 32 != 0) {
           row_to_float<bf16>(x, 0, DIM, w.row);
           if constexpr (V::has_query) V::transform_query(w.row, w.transformed, r.at(kv_head, q_head, token), p);

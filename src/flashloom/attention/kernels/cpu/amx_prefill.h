@@ -359,8 +359,8 @@ template <class C, class V> struct AmxKernel {
 #pragma GCC unroll 1
     for (int i = 0, token = first / G, head = first % G; plain && i < count; i++) {
       const int64_t row = r.q_start + token, q_head = kv_head * G + head;
-      to[i] = (uint16_t*)a.out + row * a.out_token + q_head * a.out_head;
-      if (V::softmax && a.lse) a.lse[row * a.lse_token + q_head * a.lse_head] = lse[i];
+      to[i] = (uint16_t*)a.out + r.batch * a.out_request + row * a.out_token + q_head * a.out_head;
+      if (V::softmax && a.lse) a.lse[r.batch * a.lse_request + row * a.lse_token + q_head * a.lse_head] = lse[i];
       if (++head == G) head = 0, token++;
     }
     for (int d = 0; d < DV; d++) turn(o + d * 4 * TILE + half * 2 * TILE, factor, d, count, plain ? to : nullptr);

@@ -28,7 +28,8 @@ struct Args {
   double sm_scale;
   int64_t partial;                                         // leave out output_transform
   int64_t out_type;                                        // 0 float32, 1 float16, 2 bfloat16
-  int64_t q_token, q_head, out_token, out_head, lse_token, lse_head;
+  // row of token t (counted through the batch) of request b: b * request + t * token
+  int64_t q_request, q_token, q_head, out_request, out_token, out_head, lse_request, lse_token, lse_head;
   int64_t k_page, k_token, k_head, v_page, v_token, v_head;
   int64_t k_scale_page, k_scale_head, v_scale_page, v_scale_head;  // 0 where shared
   // plan, update: the batch

@@ -101,7 +101,7 @@ template <class C, class V> struct DecodeKernel {
 
   FL_OUTLINE void load_query(Row& x, int32_t kv_head, int32_t row) {
     int32_t q_head = kv_head * G + row % G;
-    int64_t from = (r.q_start + row / G) * a.q_token + q_head * a.q_head;
+    int64_t from = r.batch * a.q_request + (r.q_start + row / G) * a.q_token + q_head * a.q_head;
     row_to_float<typename C::Q>(a.q, from, D, V::has_query ? w.transformed : x.q);
     if constexpr (V::has_query) V::transform_query(w.transformed, x.q, r.at(kv_head, q_head, row / G), p);
     for (int d = round_up(D, VL); d < DP; d += VL) storeu(x.q + d, vf{});

@@ -27,8 +27,8 @@ template <class C, class V> struct Finish {
         if (!a.partial) V::transform_output(o, lse, r.at(kv_head, q_head, token), p);
     }
     int64_t at = r.q_start + token;
-    store_row(a, at * a.out_token + q_head * a.out_head, o, DV);
-    if (V::softmax && a.lse) a.lse[at * a.lse_token + q_head * a.lse_head] = lse;
+    store_row(a, r.batch * a.out_request + at * a.out_token + q_head * a.out_head, o, DV);
+    if (V::softmax && a.lse) a.lse[r.batch * a.lse_request + at * a.lse_token + q_head * a.lse_head] = lse;
   }
 
   static FL_INLINE float* partial(const Args& a, const Item& it, int split, int32_t kv_head, int32_t row) {

@@ -63,7 +63,7 @@ template <class C, class V> struct RowsKernel {
     for (int half = 0; half < SUB; half += VL) {
       for (int i = 0; i < VL; i++) {
         int32_t row = min_of(first + half + i, it.row_hi - 1), q_head = kv_head * G + row % G;
-        int64_t from = (r.q_start + row / G) * a.q_token + q_head * a.q_head;
+        int64_t from = r.batch * a.q_request + (r.q_start + row / G) * a.q_token + q_head * a.q_head;
         float* to = w.row + i * DP;
         row_to_float<typename C::Q>(a.q, from, D, V::has_query ? w.transformed : to);
         if constexpr (V::has_query) V::transform_query(w.transformed, to, r.at(kv_head, q_head, row / G), p);

@@ -92,6 +92,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     signature |= {"out": pointer(form.out_dtype), "lse": "*fp32"}
     signature |= {n: pointer(dtype) for n in ("k_rows", "v_rows") if by_rows}
     signature |= {"items": "*i32", "pages": "*i32", "counter": "*i32"}
+    signature |= dict.fromkeys(("q_jump", "out_jump"), "i32")
     signature |= dict.fromkeys(("out_token", "out_head", "lse_token", "lse_head"), "i64")
     signature |= {"ragged": "i32", "sm_scale": "fp32", "flags": "i32"}
     signature |= dict.fromkeys(("k_strides", "v_strides"), ("i64",) * (3 * by_rows))

@@ -13,8 +13,8 @@ from flashloom.attention.kernels.hopper.schedule import scheduler
 
 @jit
 def attend(
-    q, k, v, out_map, out, lse, k_rows, v_rows, items, pages, counter, out_token, out_head, lse_token, lse_head,
-    ragged, sm_scale, flags, k_strides, v_strides, values,
+    q, k, v, out_map, out, lse, k_rows, v_rows, items, pages, counter, q_jump, out_jump, out_token, out_head, lse_token,
+    lse_head, ragged, sm_scale, flags, k_strides, v_strides, values,
     QUERY: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, WHOLE: gl.constexpr, LOGITS: gl.constexpr,
     MASK: gl.constexpr, BOUNDS: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, SCAN: gl.constexpr,
     HEADS: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, KEY_DIM: gl.constexpr,
@@ -26,7 +26,8 @@ def attend(
 
     q [tokens, heads, DIM], k and v [pages, page tokens, kv heads, *] and out_map (as q) are tensor maps; in their place
     k_rows and v_rows with strides serve BOX 1, and `out` with its strides rows that its map cannot, all in vectors of
-    16 bytes. lse float32 [tokens, heads]. items int32
+    16 bytes. lse float32 [tokens, heads]. A request's rows begin q_jump tokens (in out and lse out_jump) further than
+    where those of the request before it end, 0 where tokens follow each other through the batch. items int32
     [*, 16], pages int32, counter int32 [3]: see `schedule`. HEADS groups of PACK query heads; DIM, WIDTH: widths
     of keys and values in shared memory, KEY_DIM and VALUE_DIM in memory.
     """
@@ -63,7 +64,7 @@ def attend(
     fence_async_shared()
     what = (
         out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
-        k_empty, v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
+        k_empty, v_full, v_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
     )  # fmt: skip
     if CONSUMERS == 3:
         gl.warp_specialize(
@@ -81,14 +82,14 @@ def attend(
                     VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
                 )),
                 (producer, (
-                    q, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                    k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
-                    KEY_DIM,
+                    q, q_jump, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full,
+                    q_empty, k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
+                    Q_STAGES, KEY_DIM,
                 )),
                 (producer, (
-                    q, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                    v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
-                    VALUE_DIM,
+                    q, q_jump, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full,
+                    q_empty, v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
+                    Q_STAGES, VALUE_DIM,
                 )),
                 (scheduler, (
                     items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK,
@@ -110,14 +111,14 @@ def attend(
                     VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
                 )),
                 (producer, (
-                    q, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                    k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
-                    KEY_DIM,
+                    q, q_jump, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full,
+                    q_empty, k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
+                    Q_STAGES, KEY_DIM,
                 )),
                 (producer, (
-                    q, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                    v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
-                    VALUE_DIM,
+                    q, q_jump, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full,
+                    q_empty, v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
+                    Q_STAGES, VALUE_DIM,
                 )),
                 (scheduler, (
                     items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK,

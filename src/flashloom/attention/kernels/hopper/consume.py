@@ -243,7 +243,7 @@ def consumer(
     """Rows NUMBER * 64 and on of every tile in the ring. flags: bit 0 store lse, bit 1 partial."""
     (
         out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
-        k_empty, v_full, v_empty, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
+        k_empty, v_full, v_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
     ) = what  # fmt: skip
     VEC: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     WIDTH: gl.constexpr = v_smem.shape[2]
@@ -278,6 +278,7 @@ def consumer(
         full_end = word(ring, turn, FULL_END, RING)
         mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         last = q_len * PACK
+        out_start = q_start + batch * out_jump
         row = first + gl.arange(0, 64, row_layout)
         if tiles > 0:
             kv_head = head * PACK // GROUP
@@ -358,31 +359,35 @@ def consumer(
                     ) + gl.zeros([64, WIDTH], gl.float32, o_layout)  # fmt: skip
                     result = gl.where(o_level == float("-inf"), 0.0, result)
             if flags & 1:
-                store_lse(level, lse, row, last, q_start, head, lse_token, lse_head, PACK)
+                store_lse(level, lse, row, last, out_start, head, lse_token, lse_head, PACK)
             if OUT_MAP:
                 o.store(result.to(k_smem.dtype))
                 fence_async_shared()
                 barrier()
                 if first + 64 <= last:
-                    tma_store(out_map, [q_start + first // PACK, head * PACK, 0], o)
+                    tma_store(out_map, [out_start + first // PACK, head * PACK, 0], o)
                 else:
                     x = o.load(out_layout)
                     store_rows(
-                        x, out, first, last, q_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout
+                        x, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout
                     )
             else:
-                store_rows(result, out, first, last, q_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, o_layout)
+                store_rows(
+                    result, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, o_layout
+                )
             if REUSE_Q:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(buffer), count=1)
         else:
             if flags & 1:
                 store_lse(
-                    gl.full([64], float("-inf"), gl.float32, row_layout), lse, row, last, q_start, head, lse_token,
+                    gl.full([64], float("-inf"), gl.float32, row_layout), lse, row, last, out_start, head, lse_token,
                     lse_head, PACK,
                 )  # fmt: skip
             nothing = gl.zeros([64, WIDTH], gl.float32, out_layout)
-            store_rows(nothing, out, first, last, q_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout)
+            store_rows(
+                nothing, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout
+            )
         turn += 1
         mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)
         live = word(ring, turn, LIVE, RING)

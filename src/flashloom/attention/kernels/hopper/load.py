@@ -8,6 +8,7 @@ Pages that no such box divides (BOX 1) are copied row by row by the threads them
 
 from flashloom.attention.kernels.hopper.gluon import copy_rows, copy_rows_arrive, gl, jit, mbarrier, tma_load
 from flashloom.attention.kernels.hopper.schedule import (
+    BATCH,
     END,
     FULL_BEGIN,
     FULL_END,
@@ -72,7 +73,8 @@ def load_rows(
 
 @jit
 def producer(
-    q, kv, rows, strides, pages, q_smem, kv_smem, ring, ring_full, ring_empty, q_full, q_empty, kv_full, kv_empty,
+    q, q_jump, kv, rows, strides, pages, q_smem, kv_smem, ring, ring_full, ring_empty, q_full, q_empty, kv_full,
+    kv_empty,
     QUERIES: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr,
     GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr, RING: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
     DIM: gl.constexpr,
@@ -86,7 +88,6 @@ def producer(
     live = word(ring, 0, LIVE, RING)
     while live > 0:
         tiles = word(ring, turn, TILES, RING)
-        q_start = word(ring, turn, Q_START, RING)
         kv_len = word(ring, turn, KV_LEN, RING)
         row = word(ring, turn, ROW, RING)
         head = word(ring, turn, HEAD, RING) * PACK
@@ -97,6 +98,8 @@ def producer(
         end = word(ring, turn, END, RING)
         full_begin = word(ring, turn, FULL_BEGIN, RING)
         full_end = word(ring, turn, FULL_END, RING)
+        if QUERIES:
+            q_start = word(ring, turn, Q_START, RING) + word(ring, turn, BATCH, RING) * q_jump
         mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         if tiles > 0:
             if QUERIES:

@@ -9,17 +9,21 @@ import torch
 
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton.config import Config, Need, power_of_two, split
+from flashloom.attention.triton_blocks import LISTS
 from flashloom.kernel.source import Number, Source
 from flashloom.kernel.triton import TritonKernel, interpreting, pointer
 from flashloom.lower import triton as lower
 from flashloom.target import Target
+from flashloom.variant.expr import Program
 
 __all__ = ["KERNELS", "Form", "attend_kernel", "need", "parts", "plan_kernel", "value_types"]
 
 KERNELS = "flashloom.attention.kernels.triton"  # kernel files are named, not imported: they import Triton
-STRIDES = ("q_token", "q_head_step", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "out_token",
-"out_head", "lse_token",
-           "lse_head", "k_scale_page", "k_scale_head", "v_scale_page", "v_scale_head")  # fmt: skip
+STRIDES = (
+    "q_request", "q_token", "q_head_step", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "out_request",
+    "out_token", "out_head", "lse_request", "lse_token", "lse_head", "k_scale_page", "k_scale_head", "v_scale_page",
+    "v_scale_head",
+)  # fmt: skip
 PLAN_NUMBERS = ("requests", "stride", "max_items", "max_tokens", "max_pages", "page_size", "programs", "min_tiles",
 "fixed_tiles",
                 "merge_ratio", "item_programs")  # fmt: skip
@@ -84,9 +88,16 @@ def parts(form: Form, config: Config) -> int:
     return config.block_m // 32 if not form.aligned and config.block_m >= 64 else 1
 
 
-def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: int, target: Target) -> TritonKernel:
-    """The attention kernel of a spec; page_size 0 where each request is one run of tokens."""
+def attend_kernel(
+    spec: AttentionSpec, form: Form, config: Config, page_size: int, target: Target, own: Program | None = None
+) -> TritonKernel:
+    """The attention kernel of a spec; page_size 0 where each request is one run of tokens. own: the program without the
+    block pattern, where lists among the program's values say which tiles that leaves."""
     heads, hooks, count = spec.heads, lower.functions(spec.program), parts(form, config)
+    judge, lists = hooks, None
+    if own is not None:  # what is left of the mask judges the tiles; its parameters stay in their places
+        judge = lower.functions(replace(spec.program, mask=own.mask))
+        lists = len(value_types(replace(spec.program, params=spec.program.params[: -len(LISTS)])))
     if count > 1:
         config = replace(config, block_m=config.block_m // count, num_warps=8)
     qk, pv, precision, factor = number_types(spec, form.page_scales)
@@ -134,16 +145,16 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     constants = {
         "QUERY": hooks.query_transform, "QUERY_INDEX": hooks.query_index, "QUERY_LOADS": hooks.QUERY_LOADS,
         "KEY": hooks.key_transform, "KEY_INDEX": hooks.key_index, "KEY_LOADS": hooks.KEY_LOADS,
-        "LOGITS": hooks.logits_transform, "MASK": hooks.logits_mask, "BOUNDS": hooks.mask_bounds,
+        "LOGITS": hooks.logits_transform, "MASK": hooks.logits_mask, "BOUNDS": judge.mask_bounds,
         "OUTPUT": hooks.output_transform, "SOFTMAX": spec.program.softmax,
-        "SCAN": 0 if "_block_range(values" in hooks.text else 128, "KV_HEADS": heads.kv_heads, "GROUP": heads.group,
+        "SCAN": 0 if "_block_range(values" in judge.text else 128, "KV_HEADS": heads.kv_heads, "GROUP": heads.group,
         "DIM": heads.dim, "VALUE_DIM": heads.value_dim, "D0": d0, "D1": d1, "V0": v0, "V1": v1,
         "PAGE_SIZE": page_size, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "MERGE_ROWS": merge_rows,
         "MERGE_SPLITS": max(1, min(32, elements // (merge_rows * v0))), "VEC_Q": vector["q"], "VEC_K": vector["k"],
         "VEC_V": vector["v"], "VEC_OUT": vector["out"], "QK_TYPE": Number(qk), "PV_TYPE": Number(pv),
         "PRECISION": precision, "K_SCALE": 2 if form.page_scales else 1, "V_SCALE": 2 if form.page_scales else 1,
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
-        "ONE_LOOP": config.block_m == 16, "PARTS": count,
+        "ONE_LOOP": config.block_m == 16 or lists is not None, "PARTS": count, "LISTS": lists,
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))
     source = Source(f"{KERNELS}.attend", "attend")

@@ -114,23 +114,32 @@ def kept_range(
 def attend_tiles(
     first, last, skip_at, skip, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
     v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at, values,
+    visited,
     KEY: tl.constexpr, KEY_INDEX: tl.constexpr, KEY_LOADS: tl.constexpr, LOGITS: tl.constexpr, MASK: tl.constexpr,
     SOFTMAX: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, VEC_K: tl.constexpr,
     VEC_V: tl.constexpr, QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr,
     V_SCALE: tl.constexpr, E4M3_BITS: tl.constexpr, LATENT: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
+    LISTED: tl.constexpr,
 ):  # fmt: skip
-    """Go over tiles first to last of keys (from skip_at on, `skip` further) and update the state of the online
-    softmax."""
+    """Go over tiles first to last of keys (from skip_at on, `skip` further; or, LISTED, those that `visited` has at
+    these places) and update the state of the online softmax."""
     batch, kv_head, q_len, kv_len, q_start, kv_start = at
     tile = first
-    if MASKED:
+    if LISTED:
+        tile = tl.load(visited + first)
+    elif MASKED:
         tile = first + tl.where(first >= skip_at, skip, 0)
+    upcoming = tile
     next_page = token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N)
     for index in range(first, last):
         tile = index
         following = index + 1
-        if MASKED:
+        if LISTED:
+            tile = upcoming
+            following = tl.load(visited + index + 1)  # there is one place more than tiles
+            upcoming = following
+        elif MASKED:
             tile = index + tl.where(index >= skip_at, skip, 0)
             following = index + 1 + tl.where(index + 1 >= skip_at, skip, 0)
         kv_pos = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -221,8 +230,8 @@ def attend_tiles(
 @triton.jit
 def attend(
     q, k, v, out, lse, k_scale, v_scale, items, pages, part_out, part_lse, arrivals,
-    q_token, q_head_step, k_page, k_token, k_head, v_page, v_token, v_head, out_token, out_head, lse_token, lse_head,
-    k_scale_page, k_scale_head, v_scale_page, v_scale_head, sm_scale, flags, values,
+    q_request, q_token, q_head_step, k_page, k_token, k_head, v_page, v_token, v_head, out_request, out_token, out_head,
+    lse_request, lse_token, lse_head, k_scale_page, k_scale_head, v_scale_page, v_scale_head, sm_scale, flags, values,
     QUERY: tl.constexpr, QUERY_INDEX: tl.constexpr, QUERY_LOADS: tl.constexpr, KEY: tl.constexpr, KEY_INDEX:
     tl.constexpr, KEY_LOADS: tl.constexpr, LOGITS: tl.constexpr, MASK: tl.constexpr, BOUNDS: tl.constexpr, OUTPUT:
     tl.constexpr, SOFTMAX: tl.constexpr, SCAN: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM:
@@ -231,17 +240,18 @@ def attend(
     tl.constexpr, VEC_Q: tl.constexpr, VEC_K: tl.constexpr, VEC_V: tl.constexpr, VEC_OUT: tl.constexpr,
     QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
-    ONE_LOOP: tl.constexpr, PARTS: tl.constexpr,
+    ONE_LOOP: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr,
 ):  # fmt: skip
     """One work item for one kv head, or one of its PARTS blocks of rows. Grid: (items * PARTS * KV_HEADS,).
 
     q, out [tokens, KV_HEADS * GROUP, DIM | VALUE_DIM]; k, v [pages, PAGE_SIZE, KV_HEADS, ...]; lse float32 [tokens,
     heads]; inner strides 1,
-    the others in vectors of VEC_*. K_SCALE, V_SCALE: 0 none, 1 per kv head (strides 0 for one number), 2 per page and
-    kv head.
+    the others in vectors of VEC_*. `*_request`: how much further the rows of each request begin than where those of the
+    one before it end, 0 where tokens follow each other through the batch. K_SCALE, V_SCALE: 0 none, 1 per kv head
+    (strides 0 for one number), 2 per page and kv head.
     items int32 [*, 16]; part_out float32 [slots, KV_HEADS, PARTS * BLOCK_M, VALUE_DIM]; part_lse without the last;
     arrivals int32 [tiles, PARTS, KV_HEADS], zero before and after. flags: bit 0 store lse, bit 1 partial. NEGATIVE:
-    sm_scale is.
+    sm_scale is. LISTS: where in `values` the two lists of visited tiles begin (`triton_blocks.LISTS`), or None.
     """
     kv_head = tl.program_id(0) % KV_HEADS
     part = tl.program_id(0) // KV_HEADS % PARTS
@@ -287,7 +297,9 @@ def attend(
     v_scale += kv_head * v_scale_head
     k += (kv_head * k_head) * VEC_K
     v += (kv_head * v_head) * VEC_V
-    q_row = ((q_start + token).to(tl.int64) * q_token + q_head.to(tl.int64) * q_head_step) * VEC_Q
+    q_row = (
+        batch.to(tl.int64) * q_request + (q_start + token).to(tl.int64) * q_token + q_head.to(tl.int64) * q_head_step
+    ) * VEC_Q
     q0 = load_queries(
         q, q_row, row_mask, q_head, q_pos, at, values, QUERY, QUERY_INDEX, QUERY_LOADS, DIM, D0, 0
     )  # [BLOCK_M, D0]
@@ -327,6 +339,13 @@ def attend(
     acc1 = tl.zeros([BLOCK_M, 32 if V1 == 0 else V1], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) + float("-inf")
     total = tl.zeros([BLOCK_M], tl.float32)
+    visited = pages  # not read
+    if LISTS is not None:  # from here on numbers of visited tiles, not of tiles
+        block = tl.load(item + 13).to(tl.int64)
+        before = values[LISTS] + block * values[LISTS + 3]
+        visited = values[LISTS + 5] + block * values[LISTS + 8]
+        first = tl.load(before + first)
+        last = tl.load(before + last)
     if ONE_LOOP:  # few rows: masks cost little, and half the code is half the instructions to fetch
         full_begin = last
         full_end = last
@@ -334,15 +353,16 @@ def attend(
         acc0, acc1, top, total = attend_tiles(
             full_begin, full_end, 0, 0, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
             v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at,
-            values, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM, VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE,
-            BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW, False,
+            values, visited, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM, VALUE_DIM, D0, D1, V0, V1,
+            PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW,
+            False, False,
         )  # fmt: skip
     acc0, acc1, top, total = attend_tiles(  # before and after the full tiles
         first, last - (full_end - full_begin), full_begin, full_end - full_begin, acc0, acc1, top, total, q0, q1, c,
         scale, q_head, q_pos, kv_hi, k, v, k_scale, v_scale, pages, page_begin, first_page, k_page, k_token, v_page,
-        v_token, k_scale_page, v_scale_page, at, values, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
+        v_token, k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
         VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE,
-        E4M3_BITS, LATENT, RAW, True,
+        E4M3_BITS, LATENT, RAW, True, LISTS is not None,
     )  # fmt: skip
 
     state = top
@@ -359,13 +379,15 @@ def attend(
 
     if splits == 1:
         finish(
-            acc0, state * LN2, row, row_mask, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT, lse_token,
-            lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0, 0,
+            acc0, state * LN2, row, row_mask, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
+            out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0,
+            0,
         )  # fmt: skip
         if V1 > 0:
             finish(
-                acc1, state * LN2, row, row_mask, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT, lse_token,
-                lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V1, V0,
+                acc1, state * LN2, row, row_mask, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
+                out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
+                V1, V0,
             )  # fmt: skip
         return
 
@@ -400,8 +422,9 @@ def attend(
             MERGE_SPLITS
         )  # fmt: skip
         finish(
-            merged, level * LN2, whole_row, ok, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT, lse_token,
-            lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0, 0,
+            merged, level * LN2, whole_row, ok, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
+            out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0,
+            0,
         )  # fmt: skip
         if V1 > 0:
             merged1, level1 = combine(
@@ -410,6 +433,7 @@ def attend(
                 MERGE_SPLITS
             )  # fmt: skip
             finish(
-                merged1, level1 * LN2, whole_row, ok, out, lse, at, out_token * VEC_OUT, out_head * VEC_OUT,
-                lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V1, V0,
+                merged1, level1 * LN2, whole_row, ok, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
+                out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
+                V1, V0,
             )  # fmt: skip

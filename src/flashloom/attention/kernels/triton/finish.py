@@ -9,7 +9,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def finish(
-    acc, lse, row, row_mask, out, lse_out, at, out_token, out_head, lse_token, lse_head, flags, values,
+    acc, lse, row, row_mask, out, lse_out, at, out_request, out_token, out_head, lse_request, lse_token, lse_head,
+    flags, values,
     OUTPUT: tl.constexpr, SOFTMAX: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -33,16 +34,16 @@ def finish(
     if SOFTMAX:
         acc = tl.where((lse == float("-inf"))[:, None], 0.0, acc)
     acc = tl.where(kv_len == 0, 0.0, acc)
-    where = (q_start + token).to(tl.int64) * out_token + head.to(tl.int64) * out_head
+    request = batch.to(tl.int64)
+    where = request * out_request + (q_start + token).to(tl.int64) * out_token + head.to(tl.int64) * out_head
     inside = row_mask[:, None]
     if FIRST + BLOCK > DIM:
         inside = inside & (column < DIM)[None, :]
     tl.store(out + where[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=inside)
     if SOFTMAX and FIRST == 0:
         if flags & 1:
-            tl.store(
-                lse_out + (q_start + token).to(tl.int64) * lse_token + head.to(tl.int64) * lse_head, lse, mask=row_mask
-            )
+            to = request * lse_request + (q_start + token).to(tl.int64) * lse_token + head.to(tl.int64) * lse_head
+            tl.store(lse_out + to, lse, mask=row_mask)
 
 
 @triton.jit
