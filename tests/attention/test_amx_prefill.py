@@ -24,6 +24,7 @@ def compare(
     scales=None,
     page=16,
     q_scale=1.0,
+    odd_keys=1.0,
     **run,
 ):
     """Runs a batch over shuffled pages and compares with float64; `out` lies between rows that must stay untouched."""
@@ -35,6 +36,7 @@ def compare(
     for i, n in enumerate(needed):
         table[i, :n], order = order[:n], order[n:]
     k, v = torch.randn(pages, page, kv_heads, dim), torch.randn(pages, page, kv_heads, value_dim)
+    k[:, 1::2] *= odd_keys
     k, v = ((x * 40 if kv_dtype is torch.int8 else x).to(kv_dtype) for x in (k, v))
     q = (torch.randn(sum(q_lens), q_heads, dim) * q_scale).bfloat16()
     kv = (k, v) if scales is None else (k, v, *(torch.rand(scales(pages, kv_heads)) * 0.02 + 0.01 for _ in range(2)))
@@ -104,6 +106,21 @@ def test_logits_that_outgrow_the_first_reference_point():
     compare([100, 40], [1500, 333], q_scale=60.0)
 
 
+class EvenKeys(fl.Variant):
+    def logits_mask(self, at):
+        return at.kv_pos % 2 == 0
+
+
+@pytest.mark.parametrize("q_scale", [0.5, 3.0, 30.0])
+def test_soft_cap(q_scale):
+    """Logits below 0.7 of the cap, where a short polynomial serves, around it, and far above it."""
+    compare([100, 40], [300, 333], fl.causal & fl.softcap(9.0), q_scale=q_scale)
+
+
+def test_soft_cap_beside_masked_keys_that_are_not_numbers():
+    compare([100, 40], [300, 330], EvenKeys() & fl.softcap(9.0), q_scale=8.0, odd_keys=math.nan)
+
+
 @pytest.mark.parametrize(
     "variant", [fl.causal & fl.sink(torch.randn(8)), fl.rope(64) & fl.causal, fl.alibi(8) & fl.causal]
 )
@@ -120,3 +137,10 @@ def test_weights_without_softmax():
             return torch.sigmoid(logits - 3.0)
 
     compare([100, 40], [1500, 333], Sigmoid() & fl.causal)
+
+
+@pytest.mark.parametrize("length", [64, 1024, 4096])
+def test_scratch_is_about_one_head_of_the_batch(length):
+    attention = fl.Attention(fl.HeadShape(32, 8, 128), variant=fl.causal, dtype=torch.bfloat16)
+    plan = attention.plan(fl.Batch(q_lens=[length], kv=fl.RaggedKV([length])))
+    assert plan._executor._args.scratch_size <= length * 2 * 128 * 2 + (256 << 10)

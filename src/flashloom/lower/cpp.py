@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from flashloom.lower.forms import cap
 from flashloom.variant import ranges
 from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, Expr, Param, Program, topological
 
@@ -131,11 +132,12 @@ def render(program: Program, dim: int, value_dim: int) -> str:
     """C++ source of `struct Variant` for one head shape (see the top of ops.h for the vocabulary it is written in)."""
     program = program.specialise(dim, value_dim)
     flags = {"has_" + h: getattr(program, h) is not None for h in ("query", "key", "logits", "mask", "output")}
-    flags |= {"uses_lse": program.uses_lse, "softmax": program.softmax}
+    flags |= {"uses_lse": program.uses_lse, "softmax": program.softmax, "capped": cap(program) is not None}
     lines = ["struct Variant {"]
     lines += [f"  static constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()]
     lines += _params(program)
     lines += _bound(program, "logits", "logits, kv_pos", "splat(logits)")
+    lines += _cap(program)
     lines += _bound(program, "mask", "kv_pos", "true")
     lines += _vector(program, "query", dim)
     lines += _vector(program, "key", dim)
@@ -195,6 +197,22 @@ def _bound(program: Program, hook: str, arguments: str, identity: str) -> list[s
         "    };",
         "  }",
     ]
+
+
+def _cap(program: Program) -> list[str]:
+    """The factors of logits that are outside * tanh(inside * logits), for kernels that compute those themselves."""
+    lines: list[str] = []
+    for name, factor in zip(("outside", "inside"), cap(program) or ()):
+        writer = _Writer(program, "at")
+        body = writer.write((factor,), "    ")
+        lines += [
+            f"  static FL_INLINE float cap_{name}(const Params& p) {{",
+            "    (void)p;",
+            *body,
+            f"    return {writer.names[factor]};",
+            "  }",
+        ]
+    return lines
 
 
 def _vector(program: Program, hook: str, size: int) -> list[str]:

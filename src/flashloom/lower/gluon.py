@@ -6,6 +6,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 from flashloom.lower import triton
+from flashloom.lower.forms import cap, factors
 from flashloom.variant.expr import Expr, Program, topological
 
 __all__ = ["PRELUDE", "cap", "functions", "slope"]
@@ -52,25 +53,6 @@ PRELUDE = _replaced(triton.PRELUDE, "_block_range", _BLOCK_RANGE).replace(
 )
 
 
-def _uniform(x: Expr) -> bool:
-    """Whether an expression is one number for the whole launch."""
-    return all(n.op not in ("input", "load", "element") for n in topological(x))
-
-
-def _factors(x: Expr) -> list[tuple[Expr, Expr]]:
-    return [(x.args[0], x.args[1]), (x.args[1], x.args[0])] if x.op == "mul" else []
-
-
-def cap(program: Program) -> tuple[Expr, Expr] | None:
-    """(a, b) of a logits hook a * tanh(b * logits), both numbers of the launch; else None."""
-    for a, bounded in _factors(program.logits) if program.logits is not None else []:
-        if bounded.op == "tanh" and _uniform(a):
-            for b, logits in _factors(bounded.args[0]):
-                if _uniform(b) and logits.op == "input" and logits.attr == "logits":
-                    return a, b
-    return None
-
-
 def slope(program: Program) -> Expr | None:
     """m of a logits hook logits + m * (kv_pos - q_pos) where m depends on neither logits nor keys; else None."""
     root = program.logits
@@ -78,7 +60,7 @@ def slope(program: Program) -> Expr | None:
         return None
     for logits, bias in (root.args, root.args[::-1]):
         if logits.op == "input" and logits.attr == "logits":
-            for m, distance in _factors(bias):
+            for m, distance in factors(bias):
                 known = {n.attr for n in topological(m) if n.op == "input"}
                 if repr(distance) == "cast(sub(kv_pos, q_pos))" and not known & {"logits", "kv_pos"}:
                     return m
@@ -88,10 +70,10 @@ def slope(program: Program) -> Expr | None:
 @lru_cache(maxsize=512)
 def _prelude(program: Program) -> str:
     lines = [PRELUDE.rstrip("\n")]
-    factors, m = cap(program), slope(program)
-    if factors is not None:
+    capped, m = cap(program), slope(program)
+    if capped is not None:
         writer = triton._Writer(program)
-        a, b = writer.write(factors)
+        a, b = writer.write(capped)
         lines += ["", "", "@triton.jit", "def cap_factors(values):", *writer.lines, f"    return {a}, {b}"]
     if m is not None:
         writer = triton._Writer(program)

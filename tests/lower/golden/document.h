@@ -6,6 +6,7 @@ struct Variant {
   static constexpr bool has_output = false;
   static constexpr bool uses_lse = false;
   static constexpr bool softmax = true;
+  static constexpr bool capped = false;
   struct Params {
     const void* data0;  // 1.documents, int32
     int64_t size0_0, stride0_0;

@@ -6,6 +6,7 @@ struct Variant {
   static constexpr bool has_output = true;
   static constexpr bool uses_lse = true;
   static constexpr bool softmax = true;
+  static constexpr bool capped = false;
   struct Params {
     const void* data0;  // slopes, float32
     int64_t size0_0, stride0_0;

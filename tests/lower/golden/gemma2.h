@@ -6,6 +6,7 @@ struct Variant {
   static constexpr bool has_output = false;
   static constexpr bool uses_lse = false;
   static constexpr bool softmax = true;
+  static constexpr bool capped = true;
   struct Params {
     int32_t scalar0;  // 1.left
     float scalar1;  // 2.cap
@@ -25,6 +26,15 @@ struct Variant {
       const auto t3 = mul(p.scalar1, t2);
       return splat(t3);
     };
+  }
+  static FL_INLINE float cap_outside(const Params& p) {
+    (void)p;
+    return p.scalar1;
+  }
+  static FL_INLINE float cap_inside(const Params& p) {
+    (void)p;
+    const auto t0 = div(1.0f, p.scalar1);
+    return t0;
   }
   template <class At> static FL_INLINE auto bind_mask(const At& at, const Params& p) {
     (void)at, (void)p;

@@ -6,6 +6,7 @@ struct Variant {
   static constexpr bool has_output = true;
   static constexpr bool uses_lse = true;
   static constexpr bool softmax = true;
+  static constexpr bool capped = false;
   struct Params {
     int32_t scalar0;  // 1.left
     const void* data1;  // 2.sinks, float32

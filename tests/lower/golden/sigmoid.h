@@ -6,6 +6,7 @@ struct Variant {
   static constexpr bool has_output = false;
   static constexpr bool uses_lse = false;
   static constexpr bool softmax = false;
+  static constexpr bool capped = false;
   struct Params {
     float scalar0;  // 1.bias
     explicit Params(const int64_t* words) {

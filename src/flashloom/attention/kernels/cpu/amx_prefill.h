@@ -39,13 +39,21 @@ template <class C, class V> struct AmxKernel {
     char s[2][4 * TILE];                // scores of this step and the next: [32 rows / 16][32 keys][16] float
     char p[2][STEPS * 2 * TILE];        // weights of these steps and the ones before: [step][32 rows / 16][16 key pairs][16][2]
     char nowhere[4 * TILE];             // for accumulators of no meaning
-    char k[BLOCK_STEPS * K_STEP], v[BLOCK_STEPS * V_STEP];
     float scale[BLOCK];                 // of each key's scores, where keys are not bfloat16
-    char q[MAX_ROWS / ROWS * Q_TILE], o[MAX_ROWS / ROWS * O_TILE];
-    alignas(64) Sums sums[MAX_ROWS / ROWS];
     alignas(64) float rows[16][DV * 32];
     typename Pack::Scratch pack;
+    alignas(64) char rest[64];  // a block of the item's keys, of its values, then queries, outputs and sums of its tiles
   };
+  static constexpr int64_t tiles_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+  static constexpr int64_t steps_of(int64_t keys) { return min_of<int64_t>(BLOCK_STEPS, (keys + STEP - 1) / STEP); }
+  // With one block of keys a tile is done before the next but one begins, so two suffice and stay in L1.
+  static constexpr int64_t held(int64_t rows, int64_t keys) {
+    return keys > BLOCK ? tiles_of(rows) : min_of<int64_t>(2, tiles_of(rows));
+  }
+  static int64_t scratch_size(int64_t rows, int64_t keys) {
+    return sizeof(Scratch) + steps_of(keys) * (K_STEP + V_STEP) + held(rows, keys) * (Q_TILE + O_TILE) +
+           tiles_of(rows) * (int64_t)sizeof(Sums);
+  }
   struct List {  // steps of the block that a row tile needs
     int n;
     uint8_t step[BLOCK_STEPS], masked[BLOCK_STEPS];
@@ -64,9 +72,12 @@ template <class C, class V> struct AmxKernel {
   const Params& p;
   Scratch& w;
   const Item& it;
+  char *const keys, *const values, *const queries, *const outputs;
+  Sums* const sums_of;
   Request r;
   int32_t kv_head = 0, kv0 = 0, tiles;
   float scale = 0, v_scale = 0;  // of scores (to log2 units where nothing comes between), of outputs
+  float cap = 0;                 // of scores, in their units; then `scale` is relative to it
   bool single = false, first_block = false, last_block = false;
   const bool exactly;  // whether anybody asks for the lse
   Pending pending = {};
@@ -74,12 +85,14 @@ template <class C, class V> struct AmxKernel {
   int s_at = 0, p_at = 0;
 
   AmxKernel(const Args& a, const Params& p, char* scratch, const Item& it)
-      : a(a), p(p), w(*(Scratch*)scratch), it(it), r(a, it.request), tiles((it.row_hi - it.row_lo + ROWS - 1) / ROWS),
-        exactly(a.lse || it.splits > 1 || V::uses_lse) {}
+      : a(a), p(p), w(*(Scratch*)scratch), it(it), keys(w.rest), values(keys + steps_of(it.kv_hi - it.kv_lo) * K_STEP),
+        queries(values + steps_of(it.kv_hi - it.kv_lo) * V_STEP),
+        outputs(queries + held(it.row_hi - it.row_lo, it.kv_hi - it.kv_lo) * Q_TILE),
+        sums_of((Sums*)(outputs + held(it.row_hi - it.row_lo, it.kv_hi - it.kv_lo) * O_TILE)), r(a, it.request),
+        tiles((int32_t)tiles_of(it.row_hi - it.row_lo)), exactly(a.lse || it.splits > 1 || V::uses_lse) {}
 
-  // With one block of keys a tile is done before the next but one begins, so two suffice and stay in L1.
-  FL_INLINE char* q_of(int tile) { return w.q + (int64_t)(single ? tile & 1 : tile) * Q_TILE; }
-  FL_INLINE char* o_of(int tile) { return w.o + (int64_t)(single ? tile & 1 : tile) * O_TILE; }
+  FL_INLINE char* q_of(int tile) { return queries + (int64_t)(single ? tile & 1 : tile) * Q_TILE; }
+  FL_INLINE char* o_of(int tile) { return outputs + (int64_t)(single ? tile & 1 : tile) * O_TILE; }
   FL_INLINE int32_t row_of(int tile) const { return it.row_lo + tile * ROWS; }
   FL_INLINE int keep(int32_t lo, int32_t hi, int32_t from, int32_t to) const {
     return verdict<C, V>(r, p, kv_head, lo, hi, from, min_of(to, it.kv_hi));
@@ -112,19 +125,24 @@ template <class C, class V> struct AmxKernel {
     }
   }
 
-  // A product becomes the exponent of a weight, in log2 units (softmax), or the weight.
-  template <bool MASKED, class B> FL_INLINE vf logit(const B& bound, int half, vf s, int32_t kv_pos) const {
-    s *= Pack::BF16 ? scale : w.scale[kv_pos - kv0];
-    if constexpr (V::has_logits) {
-      s = bound.logits[half](s, kv_pos);
-      if constexpr (V::softmax) s *= LOG2E;
+  // Products of two keys become the exponents of weights, in log2 units (softmax), or weights.
+  template <bool MASKED, class B> FL_INLINE void logits(const B& bound, int half, vf& s0, vf& s1, int32_t kv_pos) const {
+    s0 *= Pack::BF16 ? scale : w.scale[kv_pos - kv0];
+    s1 *= Pack::BF16 ? scale : w.scale[kv_pos + 1 - kv0];
+    if constexpr (V::capped) {
+      tanh_pair(s0, s1);
+      s0 *= cap, s1 *= cap;
+    } else if constexpr (V::has_logits) {
+      s0 = bound.logits[half](s0, kv_pos), s1 = bound.logits[half](s1, kv_pos + 1);
+      if constexpr (V::softmax) s0 *= LOG2E, s1 *= LOG2E;
     }
     if constexpr (MASKED) {
       const vf none = bc(V::softmax ? -__builtin_inff() : 0.f);
-      if constexpr (V::has_mask) s = where(bound.mask[half](kv_pos), s, none);
-      if (kv_pos >= it.kv_hi) s = none;
+      if constexpr (V::has_mask) s0 = where(bound.mask[half](kv_pos), s0, none);
+      if constexpr (V::has_mask) s1 = where(bound.mask[half](kv_pos + 1), s1, none);
+      if (kv_pos >= it.kv_hi) s0 = none;
+      if (kv_pos + 1 >= it.kv_hi) s1 = none;
     }
-    return s;
   }
 
   // Unit u of a step becomes weights: two keys of 16 rows, keys 2 (u % 16) and the next.
@@ -132,12 +150,9 @@ template <class C, class V> struct AmxKernel {
   FL_INLINE void weigh(const B& bound, Sums& sums, const char* s, char* to, int32_t kv, int u) const {
     const int half = u >> 4;
     const int32_t key = kv + (u & 15) * 2;
-    vf x[2];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-      x[i] = logit<MASKED>(bound, half, loadu((const float*)(s + u * 128 + i * 64)), key + i);
-      if constexpr (V::softmax) x[i] = tile_exp2(x[i] - sums.m[half]);
-    }
+    vf x[2] = {loadu((const float*)(s + u * 128)), loadu((const float*)(s + u * 128 + 64))};
+    logits<MASKED>(bound, half, x[0], x[1], key);
+    if constexpr (V::softmax) x[0] = tile_exp2(x[0] - sums.m[half]), x[1] = tile_exp2(x[1] - sums.m[half]);
     const vw pair = pair_bf16(x[0], x[1]);
     if constexpr (V::softmax) {
       add_pairs(sums.l[half], pair);
@@ -154,8 +169,12 @@ template <class C, class V> struct AmxKernel {
 #pragma GCC unroll 1
     for (int half = 0; half < 2; half++) {
       vf top = bc(-__builtin_inff()), old = sums.m[half];
-      for (int i = 0; i < STEP; i++)
-        top = fast_max(logit<true>(bound, half, loadu((const float*)(s + half * 2 * TILE + i * 64)), kv + i), top);
+      for (int i = 0; i < STEP; i += 2) {
+        const float* at = (const float*)(s + half * 2 * TILE + i * 64);
+        vf x0 = loadu(at), x1 = loadu(at + 16);
+        logits<true>(bound, half, x0, x1, kv + i);
+        top = fast_max(x1, fast_max(x0, top));
+      }
       top = round_even(top + 0.5f);
       sums.m[half] = top > old ? top : old;
       const vf shrink = tile_scale(bc(1.f), old - sums.m[half]);
@@ -240,7 +259,7 @@ template <class C, class V> struct AmxKernel {
   FL_OUTLINE void attend(int tile, const List& list, int next_tile, const List& next) {
     const RowsAt at0 = at(row_of(tile)), at1 = at(row_of(tile) + 16);
     const auto bound = bind(V::bind_logits(at0, p), V::bind_logits(at1, p), V::bind_mask(at0, p), V::bind_mask(at1, p));
-    Sums& sums = w.sums[tile];
+    Sums& sums = sums_of[tile];
     char* o = o_of(tile);
     for (int from = 0; from < list.n; from += STEPS) {
       const int size = min_of(STEPS, list.n - from);
@@ -249,8 +268,8 @@ template <class C, class V> struct AmxKernel {
         const int i = from + j;
         const int32_t kv = kv0 + list.step[i] * STEP;
         Product x[DK + DV * STEPS], *end = x;
-        if (i + 1 < list.n) end = list_scores(x, w.k + list.step[i + 1] * K_STEP, q_of(tile), w.s[s_at ^ 1]);
-        else if (next.n) end = list_scores(x, w.k + next.step[0] * K_STEP, q_of(next_tile), w.s[s_at ^ 1]);
+        if (i + 1 < list.n) end = list_scores(x, keys + list.step[i + 1] * K_STEP, q_of(tile), w.s[s_at ^ 1]);
+        else if (next.n) end = list_scores(x, keys + next.step[0] * K_STEP, q_of(next_tile), w.s[s_at ^ 1]);
         if (pending.steps) end = list_values(end, j * DV / size, (j + 1) * DV / size);
         int products = (int)(end - x);
         if (V::softmax && i == 0 && !sums.begun) raise(bound, sums, kv, o, nullptr, 0, nullptr, 0);
@@ -269,7 +288,7 @@ template <class C, class V> struct AmxKernel {
       }
       settle();
       pending = {size, !sums.begun, -1, weights, {}, o};
-      for (int j = 0; j < size; j++) pending.v[j] = w.v + list.step[from + j] * V_STEP;
+      for (int j = 0; j < size; j++) pending.v[j] = values + list.step[from + j] * V_STEP;
       sums.begun = 1;
       p_at ^= 1;
     }
@@ -302,7 +321,7 @@ template <class C, class V> struct AmxKernel {
       if (tile + 1 < tiles) prepare(tile + 1, steps, next);
       if (list.n) {
         if (!primed) {
-          Product x[DK], *end = list_scores(x, w.k + list.step[0] * K_STEP, q_of(tile), w.s[s_at]);
+          Product x[DK], *end = list_scores(x, keys + list.step[0] * K_STEP, q_of(tile), w.s[s_at]);
           for (const Product* y = x; y < end; y++) multiply(*y);
           flush();
         }
@@ -318,7 +337,7 @@ template <class C, class V> struct AmxKernel {
   }
   FL_INLINE void prepare(int tile, int steps, List& list) {
     if (first_block) {
-      w.sums[tile] = {{bc(UNSET), bc(UNSET)}, {}, {}, 0};
+      sums_of[tile] = {{bc(UNSET), bc(UNSET)}, {}, {}, 0};
       packer().queries(row_of(tile), it.row_hi, q_of(tile));
     }
     list_steps(tile, steps, list);
@@ -367,7 +386,7 @@ template <class C, class V> struct AmxKernel {
     for (int i = 0; !plain && i < count; i++) End::give(a, p, r, it, kv_head, first + i, w.rows[i], m[i], sum[i]);
   }
   FL_OUTLINE void give(int tile) {
-    const Sums& sums = w.sums[tile];
+    const Sums& sums = sums_of[tile];
     if (!sums.begun) __builtin_memset(o_of(tile), 0, O_TILE);
     give_half(o_of(tile), sums, 0, row_of(tile));
     if (row_of(tile) + 16 < it.row_hi) give_half(o_of(tile), sums, 1, row_of(tile) + 16);
@@ -376,6 +395,7 @@ template <class C, class V> struct AmxKernel {
   FL_OUTLINE void head() {
     // A head's one scale goes with the scores and the output; that of a page with each key's scores, or into the packed rows.
     scale = (float)a.sm_scale * (V::softmax && !V::has_logits ? LOG2E : 1.f);
+    if constexpr (V::capped) scale *= V::cap_inside(p), cap = V::cap_outside(p) * (V::softmax ? LOG2E : 1.f);
     if (Pack::BF16 && a.k_scale && !V::has_key && !a.k_scale_page) scale *= a.k_scale[kv_head * a.k_scale_head];
     v_scale = a.v_scale && !a.v_scale_page ? a.v_scale[kv_head * a.v_scale_head] : 1.f;
     pending = {0, false, -1, nullptr, {}, nullptr};
@@ -388,7 +408,7 @@ template <class C, class V> struct AmxKernel {
     single = first == last;
     if (first < 0) {
       for (int tile = 0; tile < tiles; tile++) {
-        w.sums[tile] = {};
+        sums_of[tile] = {};
         give(tile);
       }
       return;
@@ -401,8 +421,8 @@ template <class C, class V> struct AmxKernel {
       for (int j = 0; j < steps; j += STEPS) {
         const int end = min_of(j + STEPS, steps);
         for (int i = keep(it.row_lo, it.row_hi, kv0 + j * STEP, kv0 + end * STEP) ? j : end; i < end; i++) {
-          pack.keys(kv0 + i * STEP, it.kv_hi, w.k + i * K_STEP);
-          pack.values(kv0 + i * STEP, it.kv_hi, w.v + i * V_STEP);
+          pack.keys(kv0 + i * STEP, it.kv_hi, keys + i * K_STEP);
+          pack.values(kv0 + i * STEP, it.kv_hi, values + i * V_STEP);
           if (!Pack::BF16) key_scale(i);
         }
       }

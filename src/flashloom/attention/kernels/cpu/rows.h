@@ -36,8 +36,9 @@ template <class C, class V> struct RowsKernel {
     float row[VL * (DP > DVP ? DP : DVP)], transformed[DP];
     int64_t k_at[BLOCK], v_at[BLOCK];
     float scale[BLOCK];
-    alignas(64) Sub sub[MAX_ROWS / SUB];
+    alignas(64) Sub sub[1];  // as many as the item has
   };
+  static int64_t scratch_size(int64_t rows, int64_t) { return sizeof(Scratch) + (rows - 1) / SUB * (int64_t)sizeof(Sub); }
 
   const Args& a;
   const Params& p;

@@ -13,7 +13,9 @@ struct Limits {
   int32_t block_rows;        // rows of an item otherwise, at most
   int32_t step_rows;         // and a multiple of this
   int32_t decode_keys, key_block;  // keys of either are cut at multiples of these
-  int64_t row_bytes, scratch_rows, scratch_decode;  // per row of decode; per thread
+  int64_t row_bytes;         // scratch per row of decode
+  int64_t (*scratch_rows)(int64_t rows, int64_t keys);  // scratch of an item of many rows
+  int64_t scratch_decode;    // scratch of an item of decode, beside its rows
   int64_t partial;           // floats of a row's partial result
 };
 
@@ -40,7 +42,7 @@ struct Scheduler {
     const int32_t SHORTEST = a.cut_shortest ? a.cut_shortest : 256;    // keys of a piece, at least
     constexpr int32_t INVARIANT = 2048;       // keys of a piece when results must not depend on the batch
     int64_t heads = a.kv_heads, pieces = a.threads * (a.cut_pieces ? a.cut_pieces : 4);
-    int64_t decode_work = 0, row_work = 0, row_units = 0;  // keys x heads; blocks of rows
+    int64_t decode_work = 0, row_work = 0, row_units = 0, rows_scratch = 0;  // keys x heads; blocks of rows
     for (int64_t b = 0; b < a.requests; b++) {
       int64_t rows = (int64_t)(a.q_indptr[b + 1] - a.q_indptr[b]) * group;
       if (rows == 0) continue;
@@ -78,12 +80,13 @@ struct Scheduler {
       int32_t keys = 1 << 30;
       if (row_units < a.threads * 2) keys = aligned(max_of<int64_t>(share / mine, 4 * SHORTEST), limit.key_block);
       if (a.batch_invariant) keys = 1 << 30;
+      rows_scratch = max_of(rows_scratch, limit.scratch_rows(min_of(mine, rows), min_of<int64_t>(keys, kv)));
       // the last rows first: under a causal mask they are the longest
       for (int64_t at = (rows - 1) / mine * mine; at >= 0; at -= mine)
         for (int64_t h = 0; h < heads; h++) add(b, h, h + 1, at, min_of(at + mine, rows), kv, keys);
     }
     a.item_count = items, a.counter_count = counters, a.workspace_size = workspace;
-    a.scratch_size = round_up(max_of(limit.scratch_rows, limit.scratch_decode + decode_rows * limit.row_bytes), 4096);
+    a.scratch_size = round_up(max_of(rows_scratch, limit.scratch_decode + decode_rows * limit.row_bytes), 4096);
   }
 };
 

@@ -70,21 +70,31 @@ FL_INLINE vf logistic2(vf x) {
   asm("vrcp14ps %1, %0" : "=v"(r) : "v"(d));
   return r + r * (1.f - d * r);
 }
-FL_INLINE bool any_above_one(vf x) {
+FL_INLINE bool any_above_half(vf x) {  // or NaN
   bool r;
-  asm("vcmpps $30, %2, %1, %%k1\n\tkortestw %%k1, %%k1" : "=@ccnz"(r) : "v"(x), "v"(bc(1.f)) : "k1");
+  asm("vcmpps $22, %2, %1, %%k1\n\tkortestw %%k1, %%k1" : "=@ccnz"(r) : "v"(x), "v"(bc(.5f)) : "k1");
   return r;
 }
+FL_INLINE vf tanh_poly(vf x, vf z) {  // z = x^2 <= 1/2
+  vf p = bc(-3.544105434e-02f);
+  p = p * z + 1.270844989e-01f;
+  p = p * z - 3.325152441e-01f;
+  p = p * z + 9.999706399e-01f;
+  return p * x;
+}
+FL_INLINE vf tanh_any(vf x) { return 1.f - 2.f * logistic2(x * 2.88539008f); }
 // To an absolute error of 3e-6. Capped logits are mostly well below the cap, where a short polynomial serves.
 FL_INLINE vf vtanh(vf x) {
   vf z = x * x;
-  if (__builtin_expect(any_above_one(z), 0)) return 1.f - 2.f * logistic2(x * 2.88539008f);
-  vf p = bc(8.365885355e-03f);
-  p = p * z - 4.329986125e-02f;
-  p = p * z + 1.292206645e-01f;
-  p = p * z - 3.326582313e-01f;
-  p = p * z + 9.999684691e-01f;
-  return p * x;
+  return __builtin_expect(any_above_half(z), 0) ? tanh_any(x) : tanh_poly(x, z);
+}
+FL_INLINE void tanh_pair(vf& x, vf& y) {
+  vf z = x * x, w = y * y;
+  if (__builtin_expect(any_above_half(fast_max(z, w)), 0)) {
+    x = tanh_any(x), y = tanh_any(y);
+  } else {
+    x = tanh_poly(x, z), y = tanh_poly(y, w);
+  }
 }
 FL_INLINE vf vsigmoid(vf x) { return logistic2(x * -1.44269504f); }
 #else
@@ -98,6 +108,8 @@ FL_INLINE vf vtanh(vf x) {
   r = vabs(x) < 1e-4f ? x : r;
   return x == x ? r : x;
 }
+
+FL_INLINE void tanh_pair(vf& x, vf& y) { x = vtanh(x), y = vtanh(y); }
 
 FL_INLINE vf vsigmoid(vf x) {
   vf e = vexp(-vabs(x));
