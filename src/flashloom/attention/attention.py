@@ -161,11 +161,12 @@ class Plan:
 
         Returns out [tokens, q_heads, value_dim] in q's dtype (bfloat16 for 8-bit q), or (out, lse) with return_lse;
         lse float32 [tokens, q_heads], natural logarithm, before output_transform. With `out` and `lse` given nothing
-        is allocated; rows beyond the batch stay untouched. partial: leave output_transform to `merge`. variant:
-        another instance of the planned variant (a layer's own sinks, slopes, scales). A row with nothing to attend to
-        gives 0 and -inf. sm_scale: in place of the Attention's, for this call. Where all requests have as many query
-        tokens, q may be [requests, tokens, q_heads, dim] in any strides; out and lse then have that form, and lie in
-        memory as q does. Raises TypeError, ValueError or RuntimeError before any work."""
+        is allocated; they must not share memory with what is read. Rows beyond the batch stay untouched. partial:
+        leave output_transform to `merge`. variant: another instance of the planned variant (a layer's own sinks,
+        slopes, scales). A row with nothing to attend to gives 0 and -inf. sm_scale: in place of the Attention's, for
+        this call. Where all requests have as many query tokens, q may be [requests, tokens, q_heads, dim] in any
+        strides; out and lse then have that form, and lie in memory as q does. Raises TypeError, ValueError or
+        RuntimeError before any work."""
         if torch.compiler.is_compiling():
             from flashloom.attention import library
 
@@ -201,6 +202,8 @@ class Plan:
                 )
             if kv.signature is not self._kv_signature:
                 self._accept_kv(kv)
+            given = out is not None or lse is not None
+            results = out, lse
             if out is None:
                 out = self._empty(q)
             elif (
@@ -214,6 +217,8 @@ class Plan:
                 check.output(out, q, self.attention.heads, self._device)
             if lse is not None or return_lse:
                 lse = self._accept_lse(lse, q, out)
+            if given:
+                check.apart(*results, q, kv)
             values = self._values if variant is None or variant is self._variant else self._values_of(variant)
             if self._values_grad:
                 check.fields(self._program, values, self.attention.heads, self._device)

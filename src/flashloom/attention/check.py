@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flashloom.attention.batch import Batch
+from flashloom.attention.overlap import overlap
 from flashloom.attention.shape import HeadShape
 from flashloom.kv_cache.cache import KV, check_scale, check_scale_values
 from flashloom.kv_cache.integers import on_host
@@ -118,6 +119,20 @@ def logsumexp(lse: object, q: torch.Tensor, heads: HeadShape, device: torch.devi
         raise ValueError(f"lse is on {lse.device} but the plan is for {device}: make it there")
     if tuple(lse.shape) != want:
         raise ValueError(f"lse has shape {tuple(lse.shape)}: must be {form}, one row per row of q")
+
+
+def apart(out: torch.Tensor | None, lse: torch.Tensor | None, q: torch.Tensor, kv: KV) -> None:
+    """A caller's out and lse against each other and what the call reads."""
+    read = (("q", q), ("k", kv.k), ("v", kv.v))
+    for name, x, others in (("out", out, read), ("lse", lse, read if out is None else (*read, ("out", out)))):
+        if x is not None:
+            memory = x.untyped_storage().data_ptr()
+            for other, y in others:
+                if y.untyped_storage().data_ptr() == memory and overlap(x, y):
+                    raise ValueError(
+                        f"{name} shares memory with {other}, which would be read after it was overwritten: give "
+                        f"{name} memory of its own, or leave it out"
+                    )
 
 
 def keys_values(

@@ -25,6 +25,7 @@ from flashloom.attention import pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.cpu.config import DEFAULT, Config
+from flashloom.attention.overlap import Apart
 from flashloom.attention.rows import steps
 from flashloom.kernel import cpp
 from flashloom.kv_cache.cache import KV
@@ -154,6 +155,8 @@ class CpuExecutor:
         self._out_dtype: torch.dtype | None = None
         self._kv: Callable[[], KV | None] = _nothing
         self._same: Callable[..., bool] | None = None
+        self._apart: Apart | None = None
+        self._places: tuple[int, ...] = ()
         self._scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         self._values: tuple[Any, ...] = ()
         self._has_lse = False
@@ -286,7 +289,8 @@ class CpuExecutor:
         self._run(self._address)
         if lse is None and (self._same is None or not self._same(q, kv.k, kv.v, out)):
             self._same = guard(q, kv.k, kv.v, out)
-        self._scales, self._values = (kv.k_scale, kv.v_scale), values
+        self._apart = None
+        self._scales, self._values, self._places = (kv.k_scale, kv.v_scale), values, (a.q, a.k, a.v, a.out)
 
     @property
     def repeat(self) -> Callable[..., bool] | None:
@@ -298,7 +302,10 @@ class CpuExecutor:
         scales = self._scales
         if self._same is None or not self._same(q, k, v, out) or k_scale is not scales[0] or v_scale is not scales[1]:
             return False
-        return self.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        if self._apart is None:
+            self._apart = Apart(q, k, v, out, self._places)
+        return self._apart(*places) and self.again(*places)
 
     def again(self, q: int, k: int, v: int, out: int) -> bool:
         """Run as the last time, and answer True, with these addresses of tensors that are otherwise as they were."""

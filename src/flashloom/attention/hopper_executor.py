@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
-from flashloom.attention.executor import AttentionSpec, CannotBuild, guard
+from flashloom.attention.executor import AttentionSpec, CannotBuild
 from flashloom.attention.kernels.hopper import asked, config
 from flashloom.attention.kernels.hopper.asked import Form
 from flashloom.attention.rows import steps
@@ -186,8 +186,6 @@ class HopperExecutor(TritonExecutor):
             return
         if self._error[0]:
             self._buffers.raise_error(self._sizes)
-        if values is not self._values:
-            self._words, self._values = self._flat(values), values
         form = Form(out.dtype, sm_scale < 0)
         kernel = self._hopper.get(form)
         if kernel is None:
@@ -216,11 +214,10 @@ class HopperExecutor(TritonExecutor):
             self._grid,
             (
                 *first, *self._run_buffers, q_jump, out_jump, o0 // vector, o1 // vector, l0, l1, *self._numbers,
-                sm_scale, flags, *steps_kv, *self._words,
+                sm_scale, flags, *steps_kv, *self._flat(values),
             ),
         )  # fmt: skip
-        self._same = guard(q, k, v, out) if lse is None else None
-        self.repeat = None if self._same is None else self._repeat
+        self._repeatable(q, k, v, out, lse, places)
 
     def _place(self, q: int, k: int, v: int, out: int) -> tuple[int, ...]:
         """Give the last kernel the maps of the tensors at these addresses; answers its first words."""

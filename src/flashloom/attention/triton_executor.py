@@ -18,6 +18,7 @@ from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
+from flashloom.attention.overlap import Apart
 from flashloom.attention.rows import steps
 from flashloom.attention.triton_blocks import Pattern
 from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
@@ -29,6 +30,7 @@ from flashloom.variant.expr import Program
 
 __all__ = ["TritonExecutor"]
 
+FLATS_KEPT = 256
 FIXED_KEYS = 2048  # with batch_invariant, decode rows walk their keys in ranges of this many
 
 
@@ -53,6 +55,10 @@ class TritonExecutor:
         self._of_variant: Any = None
         self._with_pattern: tuple[Any, ...] = ()
         self._same: Any = None
+        self._words: tuple[Any, ...] = ()
+        self._flats: dict[int, tuple[tuple[Any, ...], tuple[Any, ...]]] = {}
+        self._apart: Apart | None = None
+        self._places: tuple[int, ...] = ()
         self._scales: tuple[Any, Any] = (None, None)
         self.repeat: Callable[..., bool] | None = None
         self.workspace_size = 0
@@ -179,6 +185,7 @@ class TritonExecutor:
     def update(self, batch: Batch) -> None:
         """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""
         self._buffers.raise_error(self._sizes)
+        self._flats.clear()
         if self._gpu and batch.host and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "update() with lengths on the host cannot be captured, a replay would repeat them: put lengths and "
@@ -272,18 +279,31 @@ class TritonExecutor:
             self._last.again(self._last_grid, pointers)
         else:
             self.repeat = None
-            kernel, grid, words = self._prepared(q, kv, out, lse, sm_scale, partial, low)
-            kernel(grid, (*pointers, *words, *self._flat(values)))
-            self._state, self._low, self._values, self._last, self._last_grid = state, low, values, kernel, grid
-        self._same, self._scales = guard(q, k, v, out) if lse is None else None, (k_scale, v_scale)
-        self.repeat = None if self._same is None else self._repeat
+            if state != self._state or low != self._low:
+                self._state = None
+                self._last, self._last_grid, self._words = self._prepared(q, kv, out, lse, sm_scale, partial, low)
+            self._last(self._last_grid, (*pointers, *self._words, *self._flat(values)))
+            self._state, self._low, self._values = state, low, values
+        self._scales = k_scale, v_scale
+        self._repeatable(q, k, v, out, lse, places)
+
+    def _repeatable(self, q: Any, k: Any, v: Any, out: Any, lse: Any, places: tuple[int, ...]) -> None:
+        """What was launched may be launched again, if it stored no lse."""
+        self._apart, self._places, self.repeat = None, places, None
+        if lse is None:
+            if self._same is None or not self._same(q, k, v, out):
+                self._same = guard(q, k, v, out)
+            self.repeat = None if self._same is None else self._repeat
 
     def _repeat(self, q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, out: Any) -> bool:
         """Launch as the last time, and answer True, if these arguments differ from the last ones in addresses alone."""
         scales = self._scales
         if k_scale is not scales[0] or v_scale is not scales[1] or not self._same(q, k, v, out):
             return False
-        return self.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        if self._apart is None:
+            self._apart = Apart(q, k, v, out, self._places)
+        return self._apart(*places) and self.again(*places)
 
     def again(self, q: int, k: int, v: int, out: int) -> bool:
         """Launch as the last time, and answer True, with these addresses of tensors that are otherwise as they were."""
@@ -329,11 +349,16 @@ class TritonExecutor:
         return kernel, grid, (*self._run_buffers, *strides, *lse_strides, kp, kh, vp, vh, sm_scale, flags)
 
     def _flat(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The variant's values as flat words."""
-        words: list[Any] = []
-        for x in values:
-            words += [self._address(x), *x.shape, *x.stride()] if isinstance(x, torch.Tensor) else [x]
-        return tuple(words)
+        """The variant's values as flat words. Those of several layers' instances are known, until the batch changes."""
+        known = self._flats.get(id(values))
+        if known is None or known[0] is not values:
+            words: list[Any] = []
+            for x in values:
+                words += [self._address(x), *x.shape, *x.stride()] if isinstance(x, torch.Tensor) else [x]
+            if len(self._flats) >= FLATS_KEPT:
+                self._flats.clear()
+            known = self._flats[id(values)] = values, tuple(words)
+        return known[1]
 
     def explain(self) -> str:
         """Which kernel and config serve this plan, and why."""
