@@ -130,7 +130,7 @@ def read_entry(manifest: Mapping[str, Any], read: Callable[[str], bytes], origin
 
 def difference(asked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """The fields in which two field sets differ, as sentences such as ``target: asked "x86", found "x86-amx"``."""
-    left, right = _flat(asked), _flat(found)
+    left, right = flat(asked), flat(found)
     return [
         f"{name}: asked {_short(left.get(name))}, found {_short(right.get(name))}"
         for name in sorted(left.keys() | right.keys())
@@ -138,14 +138,15 @@ def difference(asked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields within fields by one name each, such as ``toolchain.compiler``."""
+    flattened: dict[str, Any] = {}
     for name, item in value.items():
         if isinstance(item, Mapping):
-            flat |= _flat(item, f"{prefix}{name}.")
+            flattened |= flat(item, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = item
-    return flat
+            flattened[prefix + name] = item
+    return flattened
 
 
 def _short(value: Any) -> str:

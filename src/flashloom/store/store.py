@@ -25,7 +25,7 @@ import platformdirs
 
 from flashloom import settings
 from flashloom.store import evict
-from flashloom.store.entry import Corrupt, Entry, Key, difference, digest
+from flashloom.store.entry import Corrupt, Entry, Key, difference, digest, flat
 from flashloom.store.folder import Folder, Refused, bounded
 from flashloom.store.jobs import job_slot
 from flashloom.store.locks import Busy, Lock, local_folder, take
@@ -37,6 +37,7 @@ _T = TypeVar("_T")
 listeners: list[Callable[[Entry], None]] = []  # called with each entry that this process has built
 _POLL_S = 0.01  # between two looks at first; ten times as much later
 _NOTICE_S = 5.0
+_LOOKED_AT = 128  # entries, for why one was missed
 
 
 class NoToolchain(RuntimeError):
@@ -380,16 +381,18 @@ def _warn(topic: str, message: str) -> None:
 
 
 def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any]) -> str:
-    """What is different in the nearest entry."""
-    best: list[str] | None = None
+    """What is different in the nearest entry. Looks at some of them: the compiler waits for this."""
     asked = {**fields, "toolchain": toolchain}
-    for found in on_disk("listing", lambda folder: list(evict.manifests(folder, limit=256))) or ():
-        if found["fields"].get("kind") != fields.get("kind"):
-            continue
-        differs = difference(asked, {**found["fields"], "toolchain": found["toolchain"]})
-        if differs and (best is None or len(differs) < len(best)):
-            best = differs
-    return "; ".join(best) if best else "nothing of this kind is stored"
+    ours = flat(asked)
+    best, fewest = None, 1 << 62
+    for found in on_disk("listing", lambda folder: list(evict.manifests(folder, limit=_LOOKED_AT))) or ():
+        other = {**found["fields"], "toolchain": found["toolchain"]}
+        if other.get("kind") == fields.get("kind"):
+            theirs = flat(other)
+            differs = sum(ours.get(name) != theirs.get(name) for name in ours.keys() | theirs.keys())
+            if 0 < differs < fewest:
+                best, fewest = other, differs
+    return "; ".join(difference(asked, best)) if best else "nothing of this kind is stored"
 
 
 @contextmanager
