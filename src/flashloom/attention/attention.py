@@ -230,9 +230,10 @@ class Plan:
             self._executor.run(q, kv, out, lse, sm_scale=scale, partial=partial, values=values)
             self._repeat, self.launch = None, _NO_LAUNCH
             if lse is None and not (self._contents or self._values_grad):
-                self.launch = getattr(self._executor, "repeat", None), getattr(self._executor, "again", None)
-                if plain:
-                    self._repeat = self.launch[0]
+                repeat = getattr(self._executor, "repeat", None)
+                if repeat is not None:
+                    self.launch = repeat, self._executor.again  # type: ignore[attr-defined]
+                self._repeat = repeat if plain else None
         finally:
             self._busy.release()
         return (out, lse) if return_lse else out

@@ -225,7 +225,7 @@ class Batch:
         lens = np.diff(self.q_indptr.numpy())
         return int(lens[0]) if (lens == lens[0]).all() else None
 
-    @property
+    @cached_property
     def kv_tokens(self) -> int | None:
         """Key tokens of the batch; None where only the device knows it."""
         return int(self.kv_indptr[-1]) if self.host else None

@@ -29,14 +29,18 @@ class _Call:
     """A call that can be repeated: while the plan's last launch is that of this call, tensors of the same form need
     no more than their addresses written."""
 
-    __slots__ = ("again", "dtype", "launch", "like", "plan", "same", "shape", "strides", "variant")
+    __slots__ = ("again", "batch", "dtype", "form", "launch", "like", "plan", "same", "variant")
 
     def __init__(self, plan: Plan, variant: Variant, same: Callable[..., bool], q: torch.Tensor, out: torch.Tensor):
         self.plan, self.variant, self.same = plan, variant, same
-        self.launch, self.again = plan.launch
-        self.shape, self.strides, self.dtype = out.shape, out.stride(), out.dtype
+        self.form, self.dtype = (out.shape, out.stride()), out.dtype
         like = torch.empty_like(q)  # the quicker way to make one
-        self.like = (like.shape, like.stride(), like.dtype) == (self.shape, self.strides, self.dtype)
+        self.like = ((like.shape, like.stride()), like.dtype) == (self.form, self.dtype)
+        self.follow()
+
+    def follow(self) -> None:
+        """The plan's last run was this call."""
+        self.batch, self.launch, self.again = self.plan.batch, self.plan.launch, self.plan.launch[1]
 
 
 class _Recent(threading.local):
@@ -82,14 +86,17 @@ def attention(
         call = _recent.calls.get(key)
         if (
             call is not None
-            and call.plan.launch[0] is call.launch is not None
             and call.same(q, k, v)
-            and Plan.run is _RUN
-            and not (stream and torch.cuda.is_current_stream_capturing())
+            and not (stream and torch.cuda.is_current_stream_capturing())  # see _plan
         ):
-            out = torch.empty_like(q) if call.like else q.new_empty_strided(call.shape, call.strides, dtype=call.dtype)
-            if call.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()):
-                return out
+            if call.plan.launch is call.launch and call.again is not None and Plan.run is _RUN:
+                out = torch.empty_like(q) if call.like else q.new_empty_strided(*call.form, dtype=call.dtype)
+                if call.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()):
+                    return out
+            if call.plan.batch is call.batch:  # another call of this plan came between
+                result = _run(call.plan, q, k, v, variant, sm_scale, False)
+                call.follow()
+                return result
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is {type(x).__name__}: give a tensor")
@@ -114,12 +121,24 @@ def dense(
     plan = _plan(q, k, v, variant)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         _recent.captured.add(plan)
+    return plan, _run(plan, q, k, v, variant, sm_scale, return_lse)
+
+
+def _run(
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    variant: Variant,
+    sm_scale: float | None,
+    return_lse: bool,
+) -> Any:
     if q.dim() == 3:
-        return plan, plan.run(q, (k, v), return_lse=return_lse, variant=variant, sm_scale=sm_scale)
+        return plan.run(q, (k, v), return_lse=return_lse, variant=variant, sm_scale=sm_scale)
     result = plan.run(q.transpose(1, 2), (k, v), return_lse=return_lse, variant=variant, sm_scale=sm_scale)
     if return_lse:
-        return plan, (result[0].transpose(1, 2), result[1].transpose(1, 2))
-    return plan, result.transpose(1, 2)
+        return result[0].transpose(1, 2), result[1].transpose(1, 2)
+    return result.transpose(1, 2)
 
 
 def _remember(
@@ -128,8 +147,8 @@ def _remember(
     """Keep what a call like this one needs, if it can be repeated."""
     calls = _recent.calls
     call = calls.get(key)
-    if call is not None and call.plan is plan and call.same(q, k, v):  # another call of this plan came between
-        call.launch, call.again = plan.launch
+    if call is not None and call.plan is plan and call.same(q, k, v):  # the plan followed other lengths between
+        call.follow()
         return
     same = guard(q, k, v) if plan.launch[0] is not None else None
     if same is None:
@@ -176,9 +195,12 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -
 
 def _class(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
     """Batches of one class share a plan, which follows their lengths: those can pick a kernel by powers of two."""
-    tokens, axis = (q.shape[2], 2) if q.dim() == 4 else (q.shape[0], 0)
-    rest = tuple((x.dim(), *x.shape[:axis], *x.shape[axis + 1 :]) for x in (q, k, v))
-    return (rest, (tokens - 1).bit_length(), (k.shape[axis] - 1).bit_length())
+    if q.dim() == 3:
+        (tokens, q_heads, dim), (keys, kv_heads, _), requests = q.shape, k.shape, None
+    else:
+        (requests, q_heads, tokens, dim), (_, kv_heads, keys, _) = q.shape, k.shape
+    size = (tokens - 1).bit_length(), (keys - 1).bit_length()
+    return (requests, q_heads, kv_heads, dim, k.shape[-1], v.shape[-1], *size)
 
 
 def _tokens(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
