@@ -4,7 +4,8 @@
 // operand as they lie. The instruction multiplies pairs, (a[2k], a[2k + 1]) with (b[k][2n], b[k][2n + 1]), and would have the
 // pairs run over keys; here they run over the head dim, so a weight is given twice, as (p, 0) in one row of A and as (0, p) in
 // another, and C has the even dims in one row and the odd ones in the other. That halves the use of each instruction and
-// still costs less than interleaving the values of two keys. 8-bit keys and values become bfloat16 in scratch (exactly).
+// still costs less than interleaving the values of two keys. float8 keys and 8-bit values become bfloat16 in scratch (exactly);
+// int8 keys are multiplied as they lie.
 #pragma once
 #include "args.h"
 
@@ -26,8 +27,9 @@ namespace flashloom {
   asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(p), "r"((int64_t)(stride)) : "memory")
 #define FL_TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
 #define FL_TILE_DOT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+#define FL_TILE_DOT_BYTES(c, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 
-// ---- 8 bits to bfloat16: a table of 256 entries, as bytes in registers
+// ---- 8 bits to bfloat16: float8 by a table of the 128 codes without sign, as bytes in registers
 
 constexpr uint16_t small_to_bf16(uint32_t magnitude, int exponent) {  // magnitude * 2^exponent, magnitude < 256
   if (magnitude == 0) return 0;
@@ -36,7 +38,6 @@ constexpr uint16_t small_to_bf16(uint32_t magnitude, int exponent) {  // magnitu
   return (uint16_t)((127 + exponent + top) << 7 | ((magnitude << 7 >> top) & 0x7f));
 }
 template <class T> constexpr uint16_t bf16_of(uint32_t code) {
-  if (same<T, s8>::value) return code < 128 ? small_to_bf16(code, 0) : small_to_bf16(256 - code, 0) | 0x8000;
   constexpr int mantissa = same<T, e4m3>::value ? 3 : 2, bias = same<T, e4m3>::value ? 7 : 15;
   uint16_t sign = (code & 0x80) << 8, field = (code & 0x7f) >> mantissa, fraction = code & ((1 << mantissa) - 1);
   if (mantissa == 3 && (code & 0x7f) == 0x7f) return sign | 0x7fc0;
@@ -45,9 +46,9 @@ template <class T> constexpr uint16_t bf16_of(uint32_t code) {
   return sign | (uint16_t)((field - bias + 127) << 7 | fraction << (7 - mantissa));
 }
 template <class T> struct ByteTable {
-  alignas(64) uint8_t low[256] = {}, high[256] = {};
+  alignas(64) uint8_t low[128] = {}, high[128] = {};
   constexpr ByteTable() {
-    for (int i = 0; i < 256; i++) low[i] = bf16_of<T>(i) & 0xff, high[i] = bf16_of<T>(i) >> 8;
+    for (int i = 0; i < 128; i++) low[i] = bf16_of<T>(i) & 0xff, high[i] = bf16_of<T>(i) >> 8;
   }
 };
 template <class T> constexpr ByteTable<T> byte_table{};
@@ -67,18 +68,16 @@ template <class T> FL_INLINE void bytes_to_bf16(const void* from, int64_t at, in
     if (d + 64 <= n) x = *(const v64_u*)((const int8_t*)from + at + d);
     else __builtin_memcpy(&x, (const int8_t*)from + at + d, 32);
     x = (v64)__builtin_shufflevector((v8q)x, (v8q)x, 0, 4, 1, 5, 2, 6, 3, 7);  // unpacking works within 16 bytes
-    v64 low = look_up(x, table.low), high = look_up(x, table.high);
-    if (same<T, s8>::value) {
-      low = x < 0 ? look_up(x, table.low + 128) : low, high = x < 0 ? look_up(x, table.high + 128) : high;
-    } else {
-      high |= x & (int8_t)0x80;
-    }
+    v64 low = look_up(x, table.low), high = look_up(x, table.high) | (x & (int8_t)0x80);
     v64 a, b;
     asm("vpunpcklbw %2, %1, %0" : "=v"(a) : "v"(low), "v"(high));
     asm("vpunpckhbw %2, %1, %0" : "=v"(b) : "v"(low), "v"(high));
     *(v64_u*)(to + d) = a;
     if (d + 64 <= n) *(v64_u*)(to + d + 32) = b;
   }
+}
+template <> FL_INLINE void bytes_to_bf16<s8>(const void* from, int64_t at, int n, uint16_t* to) {
+  for (int d = 0; d < n; d += 32) *(vw*)(to + d) = join_bf16(s8::block(from, at + d), s8::block(from, at + d + 16));
 }
 template <> FL_INLINE void bytes_to_bf16<bf16>(const void* from, int64_t at, int n, uint16_t* to) {
   for (int d = 0; d < n; d += 32) *(v64_u*)(to + d) = *(const v64_u*)((const uint16_t*)from + at + d);
@@ -87,34 +86,38 @@ template <> FL_INLINE void bytes_to_bf16<bf16>(const void* from, int64_t at, int
 // 16 rows of a matrix in memory, bfloat16: where they begin, and bytes from one to the next.
 struct Strip { const void* p; int64_t stride; };
 
-// s [64 keys][16] = K q for `groups` strips of 16 keys; q is [D / 32][16 pairs of dims][16 rows] bf16 pairs.
-template <int D, class F> FL_INLINE void tile_scores(const Strip* k, int groups, const uint32_t* q, float* s, F& next) {
+// s [64 keys][16] = K q for `groups` strips of 16 keys; q is [D / 32][16 pairs of dims][16 rows] bf16 pairs, or with BYTES
+// [D / 64][16 quadruples of dims][16] int8, and s int32.
+template <int D, bool BYTES, class F>
+FL_INLINE void tile_scores(const Strip* k, int groups, const uint32_t* q, float* s, F& next) {
+#define FL_DOT(c, a, b) if constexpr (BYTES) FL_TILE_DOT_BYTES(c, a, b); else FL_TILE_DOT(c, a, b)
   FL_TILE_ZERO(0);
   FL_TILE_ZERO(1);
   FL_TILE_ZERO(2);
   FL_TILE_ZERO(3);
-  for (int c = 0; c < D / 32; c++) {
+  for (int c = 0; c < D / (BYTES ? 64 : 32); c++) {
     FL_TILE_LOAD(4, q + c * 256, 64);
     next.some();
     FL_TILE_LOAD(5, (const char*)k[0].p + c * 64, k[0].stride);
-    FL_TILE_DOT(0, 5, 4);
+    FL_DOT(0, 5, 4);
     if (groups < 2) continue;
     next.some();
     FL_TILE_LOAD(6, (const char*)k[1].p + c * 64, k[1].stride);
-    FL_TILE_DOT(1, 6, 4);
+    FL_DOT(1, 6, 4);
     if (groups < 3) continue;
     next.some();
     FL_TILE_LOAD(5, (const char*)k[2].p + c * 64, k[2].stride);
-    FL_TILE_DOT(2, 5, 4);
+    FL_DOT(2, 5, 4);
     if (groups < 4) continue;
     next.some();
     FL_TILE_LOAD(6, (const char*)k[3].p + c * 64, k[3].stride);
-    FL_TILE_DOT(3, 6, 4);
+    FL_DOT(3, 6, 4);
   }
   FL_TILE_STORE(0, s, 64);
   FL_TILE_STORE(1, s + 256, 64);
   FL_TILE_STORE(2, s + 512, 64);
   FL_TILE_STORE(3, s + 768, 64);
+#undef FL_DOT
 }
 
 // o [DV / 32][16][16] = p v; p is [groups][16][16 keys] bf16 pairs.

@@ -30,9 +30,13 @@ template <class C, class V> struct DecodeKernel {
   static constexpr bool TILED = !FL_VECTOR_DECODE && same<typename C::Q, bf16>::value && (sizeof(typename KV::raw) == 1 || same<KV, bf16>::value) &&
                                 D % 32 == 0 && DV % 32 == 0 && !V::has_key;
   static constexpr int TILE_ROWS = 8;                        // rows of one tile of weights, each in it twice
-  static constexpr int QUERIES = V::has_query ? 2 : 1;       // transformed queries are the sum of two bfloat16
+  // int8 keys are multiplied as they are, by two digits of each query relative to its largest element (15 bits)
+  static constexpr bool DIGITS = TILED && same<KV, s8>::value && D % 64 == 0;
+  static constexpr int QUERIES = V::has_query && !DIGITS ? 2 : 1;  // transformed queries are the sum of two bfloat16
+  static constexpr int TILE_STEPS = D / (DIGITS ? 64 : 32) + DV / 32;  // tiles of 16 keys and of their values
 #else
   static constexpr bool TILED = false;
+  static constexpr int TILE_STEPS = 1;
 #endif
   static constexpr int BLOCK = FL_DECODE_KEYS ? FL_DECODE_KEYS : TILED ? 64 : 32;  // keys
   static constexpr bool ZIPPED_K = DIRECT_K && pair<KV>::interleaved;
@@ -42,7 +46,7 @@ template <class C, class V> struct DecodeKernel {
     float q[DP];   // times sm_scale (and log2 e, and the key's scale, where nothing comes between)
     float o[DVP];
     float l[VL];   // partial sums
-    float m;
+    float m, unit;  // unit: of the digits
     alignas(64) uint32_t tiles[TILED ? D * 8 : 16];  // of the first row of TILE_ROWS: Q^T, bf16 pairs
   };
   struct Scratch {
@@ -122,7 +126,10 @@ template <class C, class V> struct DecodeKernel {
     for (int i = 0; i < n; i++) w.k_in[i] = w.k_at[i] + kv_head * a.k_head, w.v_in[i] = w.v_at[i] + kv_head * a.v_head;
     if (a.k_scale) key_scales(a, r, t, n, a.k_scale, a.k_scale_page, kv_head * a.k_scale_head, w.k_scale);
     if (a.v_scale) key_scales(a, r, t, n, a.v_scale, a.v_scale_page, kv_head * a.v_scale_head, w.v_scale);
-    if constexpr (TILED) return;
+    if constexpr (TILED) {  // weights of keys beyond the last are 0 and must stay so
+      for (int i = n; a.v_scale && i < round_up(n, VL); i++) w.v_scale[i] = 0.f;
+      return;
+    }
     if constexpr (!DIRECT_K) {
       for (int i = 0; i < n; i++) {
         float* to = V::has_key ? w.transformed : w.k + i * DP;
@@ -280,15 +287,54 @@ template <class C, class V> struct DecodeKernel {
     }
   }
 
+  // Column i of each [16 quadruples of dims][16] is the high digit (times 128) of row i, column count + i the low one.
+  FL_OUTLINE void digit_query(Row* x, int count) {
+    typedef int8_t v16 __attribute__((vector_size(16)));
+    for (int i = 0; i < D * 4; i += VL) *(vi_u*)(x->tiles + i) = vi{};
+    for (int i = 0; i < count; i++) {
+      vf top{}, bad{};  // what is not finite makes the unit NaN
+      for (int d = 0; d < D; d += VL) {
+        vf y = loadu(x[i].q + d);
+        top = fast_max(vabs(y), top), bad += y * 0.f;
+      }
+      const float most = max_of(max_lanes(top)[0], 1e-30f), inverse = 16256.f / most;
+      x[i].unit = most / 16256.f + sum_lanes(bad)[0];
+      for (int d = 0; d < D; d += VL) {
+        vf n = round_even(loadu(x[i].q + d) * inverse), high = round_even(n * 0x1p-7f), low = n - high * 128.f;
+        uint32_t* to = x->tiles + d / 64 * 256 + d % 64 * 4 + i;
+        struct { uint32_t x[4]; } h, l;
+        *(v16*)&h = __builtin_convertvector(__builtin_convertvector(high, vi), v16);
+        *(v16*)&l = __builtin_convertvector(__builtin_convertvector(low, vi), v16);
+        for (int j = 0; j < 4; j++) to[j * 16] = h.x[j], to[j * 16 + count] = l.x[j];
+      }
+    }
+  }
+  // The digits' sums of 16 keys become scores.
+  FL_INLINE void join_digits(float* s, int count, vf unit) {
+    const vi low = (iota() + count) & 15;
+    for (int j = 0; j < 16; j++) {
+      vf y = __builtin_convertvector(*(const vi_u*)(s + j * 16), vf);
+      storeu(s + j * 16, (y * 128.f + __builtin_shuffle(y, low)) * unit);
+    }
+  }
+
   // Each 16 keys where they are, if they are evenly apart, and in scratch otherwise (with zeros beyond the last).
-  template <int N> FL_INLINE void strips(const void* base, const int64_t* at, int64_t token, const bool* even, int n, uint16_t* copy,
-                                         Strip* to) {
+  template <int N, bool AS_IS> FL_INLINE void strips(const void* base, const int64_t* at, int64_t token, const bool* even, int n,
+                                                     uint16_t* copy, Strip* to) {
     for (int i = 0; i * 16 < n; i++) {
-      if (same<KV, bf16>::value && even[i]) {
-        to[i] = {(const uint16_t*)base + at[i * 16], token * 2};
+      if (AS_IS && even[i]) {
+        to[i] = {(const typename KV::raw*)base + at[i * 16], token * (int64_t)sizeof(typename KV::raw)};
         continue;
       }
       uint16_t* rows = copy + i * 16 * N;
+      if constexpr (AS_IS && sizeof(typename KV::raw) == 1) {
+        for (int j = 0; j < 16; j++) {
+          if (i * 16 + j < n) __builtin_memcpy((char*)rows + j * N, (const char*)base + at[i * 16 + j], N);
+          else __builtin_memset((char*)rows + j * N, 0, N);
+        }
+        to[i] = {rows, N};
+        continue;
+      }
       for (int j = 0; j < 16; j++) {
         if (i * 16 + j < n) bytes_to_bf16<KV>(base, at[i * 16 + j], N, rows + j * N);
         else __builtin_memset(rows + j * N, 0, N * 2);
@@ -300,9 +346,12 @@ template <class C, class V> struct DecodeKernel {
   FL_OUTLINE void attend_tiles(Row* x, int count, int32_t kv_head, int32_t row, int32_t t, int n, bool masked) {
     auto& z = w.tiles;
     const int groups = (n + 15) / 16;
-    tile_scores<D>(z.k_at, groups, x->tiles, z.s, next);
-    const float scale = factor(a);
+    tile_scores<D, DIGITS>(z.k_at, groups, x->tiles, z.s, next);
+    const float scale = DIGITS ? 1.f : factor(a);
+    vf unit{};
+    for (int i = 0; DIGITS && i < count; i++) unit[i] = x[i].unit * factor(a);
     for (int i = 0; i < groups; i++) {
+      if (DIGITS) join_digits(z.s + i * 256, count, unit);
       if (QUERIES == 2)
         for (int j = 0; j < 16; j++) {
           float* s = z.s + (i * 16 + j) * 16;
@@ -332,8 +381,8 @@ template <class C, class V> struct DecodeKernel {
     Row* x = w.rows + (kv_head - it.kv_head_lo) * rows;
 #if defined(FL_TILES)
     if constexpr (TILED) {
-      strips<D>(a.k, w.k_in, a.k_token, k_even, n, w.tiles.k, w.tiles.k_at);
-      strips<DV>(a.v, w.v_in, a.v_token, v_even, n, w.tiles.v, w.tiles.v_at);
+      strips<D, DIGITS || same<KV, bf16>::value>(a.k, w.k_in, a.k_token, k_even, n, w.tiles.k, w.tiles.k_at);
+      strips<DV, same<KV, bf16>::value>(a.v, w.v_in, a.v_token, v_even, n, w.tiles.v, w.tiles.v_at);
       for (int i = 0; i < rows; i += TILE_ROWS)
         attend_tiles(x + i, min_of(TILE_ROWS, rows - i), kv_head, it.row_lo + i, t, n, masked);
     }
@@ -368,6 +417,12 @@ template <class C, class V> struct DecodeKernel {
 
   void run() {
     const int32_t heads = it.kv_head_hi - it.kv_head_lo;
+    const int32_t start = next_block<C, V>(r, p, it, it.kv_lo, it.kv_hi);
+    if (V::softmax && it.splits > 1 && start >= it.kv_hi) {  // out of a window
+      End::give_nothing(a, it);
+      End::item(a, p, r, it);
+      return;
+    }
     for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++)
       for (int i = 0; i < rows; i++) load_query(w.rows[(h - it.kv_head_lo) * rows + i], h, it.row_lo + i);
 #if defined(FL_TILES)
@@ -376,12 +431,14 @@ template <class C, class V> struct DecodeKernel {
     if constexpr (TILED) {
       for (int i = 0; i < BLOCK * 16; i += VL) *(vi_u*)(w.tiles.p + i) = vi{};
       for (int32_t h = 0; h < heads; h++)
-        for (int i = 0; i < rows; i += TILE_ROWS) tile_query(w.rows + h * rows + i, min_of(TILE_ROWS, rows - i));
+        for (int i = 0; i < rows; i += TILE_ROWS) {
+          if constexpr (DIGITS) digit_query(w.rows + h * rows + i, min_of(TILE_ROWS, rows - i));
+          else tile_query(w.rows + h * rows + i, min_of(TILE_ROWS, rows - i));
+        }
     }
 #endif
     int64_t k_next[BLOCK], v_next[BLOCK];
     next.k_at = k_next, next.v_at = v_next;
-    const int32_t start = next_block<C, V>(r, p, it, it.kv_lo, it.kv_hi);
     // nothing to compute yet: all of the first block at once
     look_ahead(k_next, v_next, start, it.kv_hi, 1);
     for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++) next.begin(*this, h), next.some();
@@ -390,7 +447,7 @@ template <class C, class V> struct DecodeKernel {
       key_offsets(a, r, t, n, a.k_page, a.k_token, w.k_at);
       key_offsets(a, r, t, n, a.v_page, a.v_token, w.v_at);
       if constexpr (TILED) mark_even(w.k_at, a.k_token, n, k_even), mark_even(w.v_at, a.v_token, n, v_even);
-      look_ahead(k_next, v_next, t + BLOCK, it.kv_hi, TILED ? (n + 15) / 16 * (D + DV) / 32 : (n * rows + VL - 1) / VL);
+      look_ahead(k_next, v_next, t + BLOCK, it.kv_hi, TILED ? (n + 15) / 16 * TILE_STEPS : (n * rows + VL - 1) / VL);
       for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++) {
         next.begin(*this, h);
         int keep = verdict<C, V>(r, p, h, it.row_lo, it.row_hi, t, t + n);

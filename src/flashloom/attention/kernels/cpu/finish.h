@@ -48,6 +48,15 @@ template <class C, class V> struct Finish {
     to[DVP] = m, to[DVP + 1] = l;
   }
 
+  // The same for all rows of an item that has seen no key (softmax; it is one of several pieces).
+  static FL_OUTLINE void give_nothing(const Args& a, const Item& it) {
+    for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++)
+      for (int32_t i = it.row_lo; i < it.row_hi; i++) {
+        float* to = partial(a, it, it.split, h, i);
+        to[DVP] = -__builtin_inff(), to[DVP + 1] = 0.f;
+      }
+  }
+
   // Called once an item has given all its rows. Whoever comes last adds the pieces up, in their order.
   static FL_OUTLINE void item(const Args& a, const Params& p, const Request& r, const Item& it) {
     if (it.splits == 1) return;
@@ -56,9 +65,11 @@ template <class C, class V> struct Finish {
     __atomic_store_n(counter, 0, __ATOMIC_RELAXED);
     for (int32_t h = it.kv_head_lo; h < it.kv_head_hi; h++) {
       for (int32_t i = it.row_lo; i < it.row_hi; i++) {
-        float* o = partial(a, it, 0, h, i);
+        int first = 0;  // piece that has seen a key
+        while (V::softmax && first + 1 < it.splits && partial(a, it, first, h, i)[DVP + 1] == 0.f) first++;
+        float* o = partial(a, it, first, h, i);
         float m = o[DVP], l = o[DVP + 1];
-        for (int s = 1; s < it.splits; s++) {
+        for (int s = first + 1; s < it.splits; s++) {
           const float* x = partial(a, it, s, h, i);
           float mine = 1.f, other = 1.f;
           if (V::softmax) {
