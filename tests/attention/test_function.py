@@ -1,5 +1,8 @@
 """`fl.attention`, its rows in any strides, and calls that repeat a former one."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -176,3 +179,25 @@ def test_a_refused_update_leaves_the_plan_as_it_was(monkeypatch):
     few = q[:, :, :-1].clone()
     assert torch.equal(fl.attention(few, k, v), fl.attention(q, k, v)[:, :, :-1])
     assert torch.equal(fl.attention(q, k, v), want)
+
+
+def test_threads_do_not_pack_the_arguments_of_one_launch_together(monkeypatch):
+    """The append kernel is shared by all threads, and a launch lets other threads run."""
+    from flashloom.attention import triton_append
+
+    inside, most = [], []
+
+    def launch(grid, words):
+        inside.append(1)
+        time.sleep(0.01)
+        most.append(len(inside))
+        inside.pop()
+
+    monkeypatch.setattr(triton_append.launch, "launcher", lambda kernel, device: launch)
+    monkeypatch.setattr(triton_append, "_launchers", {})
+    cache = fl.PagedKVCache(1, 2, 4, fl.HeadShape(2, 2, 16), torch.float32, "cpu")
+    x, slots = torch.randn(3, 2, 16), torch.arange(3)
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(triton_append.append, cache[0], x, x, slots) for _ in range(8)]:
+            done.result()
+    assert max(most) == 1

@@ -25,6 +25,7 @@ from flashloom.attention.kernels.triton.config import (
     valid,
 )  # fmt: skip
 from flashloom.attention.triton_append import append_kernel
+from flashloom.attention.triton_blocks import Pattern
 from flashloom.target import Target
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -131,6 +132,20 @@ def test_every_need_has_a_valid_config(capability):
         assert valid(config, need), need
         assert shared_bytes(config, need) <= shared_limit(capability), need
         assert all(valid(c, need) for c in candidates(need)), need
+
+
+def test_kernels_of_block_patterns_keep_their_copies_in_flight():
+    """The list of visited tiles is read ahead, so that keys and values are still copied while others are multiplied."""
+    program = fl.causal.program.specialise(128, 128)
+    blocks = fl.BlockSparseKV(fl.RaggedKV([1000]), [0] + [1] * 8, [0], block_q=128, block_kv=64)
+    pattern = Pattern(fl.Batch([1000], kv=blocks), torch.device("cpu"))
+    spec = AttentionSpec(G, pattern.program(program), BF16, BF16, block_sparse=True)
+    for page_size in (0, 16):
+        config = choose(asked.need(spec, 1000, 1000, page_size, 90, 16))
+        stages, metadata = asked.attend_kernel(spec, Form(BF16), config, page_size, Target("sm90"), program).compile()
+        assert metadata["shared"] <= shared_limit(90)
+        assert stages["ptx"].count("cp.async.cg") >= 3 * config.num_stages
+        assert "st.local" not in stages["ptx"]
 
 
 def test_an_invariant_config_does_not_depend_on_the_batch():

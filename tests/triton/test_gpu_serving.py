@@ -178,3 +178,108 @@ def test_block_patterns_on_a_gpu():
     for _ in range(2):
         out = plan.run(q, (k, v))
         assert float((out.double() - want).norm() / want.norm()) < 8e-3
+
+
+def test_block_patterns_visit_no_other_tiles():
+    """Keys far from all blocks of a batch are NaN."""
+    kept = [0, 7, 8, 20, 31]  # blocks of 128 keys
+    kv = fl.BlockSparseKV(
+        fl.RaggedKV([4096]), [0, *[5 * (i + 1) for i in range(8)]], kept * 8, block_q=64, block_kv=128
+    )
+    batch = fl.Batch([512], kv=kv)
+    q, k, v = (torch.randn(n, h, 128, device="cuda", dtype=BF16) for n, h in ((512, 32), (4096, 8), (4096, 8)))
+    want, _ = attention_reference(q, k, v, batch, fl.causal)
+    for x in (k, v):
+        blocks = x.view(32, 128, 8, 128)
+        blocks[[i for i in range(32) if i not in kept]] = float("nan")
+    out = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(batch).run(q, (k, v))
+    assert float((out.double() - want).norm() / want.norm()) < 8e-3
+
+
+def test_a_first_run_waits_for_planning_on_another_stream():
+    _, q, cache, kv = _decode([5000, 300])
+    torch.cuda.synchronize()
+    for device in ("cpu", "cuda"):
+        table = fl.PageTable(*(x.to(device) for x in (kv.kv_lens, kv.page_indptr, kv.pages)), 16)
+        slow = torch.cuda.Stream()
+        with torch.cuda.stream(slow):
+            torch.cuda._sleep(100_000_000)
+            plan = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(fl.Batch.decode(table))
+        assert _error(plan.run(q, (cache[0], cache[1])), q, cache, kv) < 8e-3
+
+
+def test_memory_of_a_dropped_plan_waits_for_the_streams_it_served():
+    _, q, cache, kv = _decode([5000, 300])
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    plan = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(fl.Batch.decode(kv))
+    size = plan.workspace_size
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(100_000_000)
+        out = plan.run(q, (cache[0], cache[1]))
+    del plan
+    gc.collect()
+    taken = [torch.full((size // 4,), -7, dtype=torch.int32, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    assert _error(out, q, cache, kv) < 8e-3
+    assert all((x == -7).all() for x in taken)
+
+
+def _dense(requests, tokens, keys):
+    return (
+        torch.randn(requests, h, n, 128, device="cuda", dtype=BF16) for h, n in ((32, tokens), (8, keys), (8, keys))
+    )
+
+
+def _far(out, q, k, v):
+    k, v = (x.repeat_interleave(4, 1).double() for x in (k, v))
+    keep = torch.ones(q.shape[2], k.shape[2], device="cuda", dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    want = torch.nn.functional.scaled_dot_product_attention(q.double(), k, v, attn_mask=keep)
+    return float((out.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("shape", [(3, 300, 300), (3, 300, 700), (4, 1, 900), (1, 700, 700)], ids=str)
+def test_dense_calls_copy_nothing_and_repeat(shape):
+    for _ in range(4):
+        q, k, v = _dense(*shape)
+        for x in (q, q.transpose(1, 2).contiguous().transpose(1, 2)):
+            fl.attention(x, k, v, variant=fl.causal)  # makes what is kept
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            out, _lse = fl.attention(x, k, v, variant=fl.causal, return_lse=True)
+            assert torch.cuda.max_memory_allocated() - before < 1.5 * out.nbytes
+            assert _far(out, q, k, v) < 8e-3
+            assert torch.equal(fl.attention(x, k, v, variant=fl.causal), out)
+            assert torch.equal(fl.attention(x, k, v, variant=fl.causal), out)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                assert _far(fl.attention(x, k, v, variant=fl.causal), q, k, v) < 8e-3
+
+
+def test_captured_dense_calls_stay_as_they_were():
+    q, k, v = _dense(2, 200, 300)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        want = fl.attention(q, k, v, variant=fl.causal)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = fl.attention(q, k, v, variant=fl.causal)
+    with torch.cuda.stream(stream):
+        for tokens in (200, 150, 199, 200):  # of the same class
+            few = q[:, :, -tokens:]
+            assert _far(fl.attention(few, k, v, variant=fl.causal), few, k, v) < 8e-3
+        out.fill_(float("nan"))
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)
+
+
+def test_an_update_refused_within_a_capture_changes_nothing():
+    plan, q, cache, kv = _decode([700, 64], device="cpu")
+    other = fl.Batch.decode(fl.PageTable(kv.kv_lens // 2, kv.page_indptr, kv.pages, 16))
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        plan.update(other)
+    assert plan.batch is not other
+    assert _error(plan.run(q, (cache[0], cache[1])), q, cache, kv) < 8e-3

@@ -138,6 +138,8 @@ class Plan:
         spec = attention._specs[batch.blocks is not None]
         self._out_dtype = spec.out_dtype
         self._accept_batch(batch)
+        if self._cuda_index is not None:
+            self._check_stream()  # a first run on another stream waits for what planning begins here
         self._executor, self._refusals = dispatch.plan(spec, self._device, batch, reserve)
         self.handle = next(_handles)
         PLANS[self.handle] = self
@@ -324,6 +326,9 @@ class Plan:
                 former = stream_of(self._stream, self._device)
                 if not former.query():
                     torch.cuda.current_stream(self._device).wait_stream(former)
+            if self._stream is not None and hasattr(self._executor, "buffers"):
+                for x in self._executor.buffers():  # whoever gets this memory next waits for this stream, too
+                    x.record_stream(stream_of(stream, self._device))
             self._stream = stream
 
     # --- update ---

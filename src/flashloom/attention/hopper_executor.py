@@ -136,6 +136,7 @@ class HopperExecutor(TritonExecutor):
         stride = -(-requests // PLAN_BLOCK) * PLAN_BLOCK or PLAN_BLOCK
         sizes = Sizes(requests, tokens, pages, items, items, 0, stride)
         self._buffers = Buffers(sizes, 1, self._config.block_m, self.spec.heads.value_dim, self.device)
+        self._staging.errors.append(self._buffers.error)  # type: ignore[union-attr]
         self._sizes = sizes
         self._error, self.repeat = self._buffers.error_words, None
         self._counter = torch.zeros(3, dtype=torch.int32, device=self.device)
@@ -145,6 +146,10 @@ class HopperExecutor(TritonExecutor):
         self._plan_buffers = (place["items"], place["pages"], place["scratch"], self._buffers.error.data_ptr())
         self._numbers = (int(self._ragged),)
         self._grid = min(self._programs, items * self._groups)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Device memory of its own that its launches use."""
+        return [*super().buffers(), self._counter, *([] if self._other is None else self._other.buffers())]
 
     def update(self, batch: Batch) -> None:
         """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""

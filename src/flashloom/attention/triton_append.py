@@ -85,7 +85,8 @@ def append(kv: KV, k: torch.Tensor, v: torch.Tensor | None, slots: torch.Tensor)
         *_scale(k_scale),
         *_scale(v_scale),
     )
-    kernel(-(-tokens * kv_heads // ROWS), (*places, tokens, *strides, kv.k.shape[1]))
+    with _lock:  # threads share the memory in which a launcher packs its arguments
+        kernel(-(-tokens * kv_heads // ROWS), (*places, tokens, *strides, kv.k.shape[1]))
 
 
 def _scale(scale: torch.Tensor | None) -> tuple[int, int]:

@@ -109,10 +109,15 @@ class Buffers:
 _leaving: list[tuple[torch.cuda.Event | None, list[torch.Tensor]]] = []
 
 
+def _sweep() -> None:
+    if _leaving and not torch.cuda.is_current_stream_capturing():  # nothing may be asked then
+        _leaving[:] = [pair for pair in _leaving if pair[0] is None or not pair[0].query()]
+
+
 class Staging:
     """Host values on their way to the device: pinned buffers in turn, which the planner kernel reads where they are, or
     a copy of them where they are many. An event is recorded after every few turns, and waited for before the first of
-    them comes again."""
+    them comes again. `errors`: the plan's error words, pinned as well, which an update that still runs may write."""
 
     TURNS, MARKED = 16, 8
     # entries in all, and pages per request, up to which the kernel reads host memory: that takes less time than a copy
@@ -122,18 +127,21 @@ class Staging:
         self.device = device
         self.turn = -1
         self.capacity, self.stream = 0, 0
+        self.host: list[torch.Tensor] = []
+        self.errors: list[torch.Tensor] = []
+        _sweep()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:  # modules may be gone by then
-        if not self.capacity or finalizing():
+        if finalizing() or not (self.host or self.errors):
             return
         event = None
         if not torch.cuda.is_current_stream_capturing():  # nothing may be recorded then: the buffers stay
             event = torch.cuda.Event()
             event.record(cuda.stream_of(self.stream, self.device))
-        _leaving.append((event, self.host))
+        _leaving.append((event, [*self.host, *self.errors]))
 
     def _reserve(self, entries: int) -> None:
-        _leaving[:] = [pair for pair in _leaving if pair[0] is None or not pair[0].query()]
+        _sweep()
         self.capacity = max(entries, 256)
         self.host = [torch.empty(self.capacity, dtype=torch.int32, pin_memory=True) for _ in range(self.TURNS)]
         self.starts = [h.data_ptr() for h in self.host]

@@ -170,6 +170,8 @@ class TritonExecutor:
         heads = self.spec.heads
         sizes = Sizes.of(heads.group, heads.kv_heads, self.config, self._programs, requests, tokens, pages, ranges)
         self._buffers = Buffers(sizes, heads.kv_heads, self.config.block_m, heads.value_dim, self.device)
+        if self._staging is not None:
+            self._staging.errors.append(self._buffers.error)
         self._sizes = sizes
         self.workspace_size = self._buffers.bytes
         self._error, self._state, self.repeat = self._buffers.error_words, None, None
@@ -177,6 +179,15 @@ class TritonExecutor:
         place = {name: self._address(view) for name, view in self._buffers.views.items()}
         self._run_buffers = tuple(place[name] for name in ("items", "pages", "part_out", "part_lse", "arrivals"))
         self._plan_buffers = (place["items"], place["pages"], place["scratch"], self._address(self._buffers.error))
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Device memory of its own that its launches use."""
+        found = [self._buffers.memory]
+        if self._staging is not None and self._staging.capacity:
+            found.append(self._staging.buffer)
+        if self._pattern is not None:
+            found += [x for x in self._pattern.values if isinstance(x, torch.Tensor)]
+        return found
 
     def _address(self, x: torch.Tensor) -> Any:
         """How a launcher takes a tensor: its address, or the tensor itself in the interpreter."""
@@ -219,6 +230,8 @@ class TritonExecutor:
             tensors = self._staging.copy(batch, 3 * sizes.requests + 2 + sizes.pages)
         else:
             self._inputs = batch  # the kernel reads them later
+            if self._staging is not None:
+                self._staging.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             tensors = (
                 batch.q_indptr.data_ptr(),
                 batch.kv_lens.data_ptr(),
