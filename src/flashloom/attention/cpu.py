@@ -303,9 +303,13 @@ class CpuExecutor:
         if self._same is None or not self._same(q, k, v, out) or k_scale is not scales[0] or v_scale is not scales[1]:
             return False
         places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-        if self._apart is None:
-            self._apart = Apart(q, k, v, out, self._places)
-        return self._apart(*places) and self.again(*places)
+        if places != self._places:
+            if self._apart is None:
+                self._apart = Apart(q, k, v, out, self._places)
+            if not self._apart(*places):
+                return False
+            self._places = places
+        return self.again(*places)
 
     def again(self, q: int, k: int, v: int, out: int) -> bool:
         """Run as the last time, and answer True, with these addresses of tensors that are otherwise as they were."""
