@@ -19,7 +19,8 @@ import torch
 
 import flashloom as fl
 from flashloom import records
-from flashloom.attention.tuning import Choice, Fixed, question
+from flashloom.attention.recorded import Fixed
+from flashloom.attention.tuning import Choice, question
 from flashloom.bench.machine import describe
 from flashloom.bench.timing import geomean
 from flashloom.bench.workloads import Workload, decode

@@ -1,5 +1,6 @@
 """A production configuration through `fl.configure`: each setting has the effect that it states."""
 
+import gc
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 
 import flashloom as fl
 from flashloom import dispatch, serving, settings
-from flashloom.attention import pool
+from flashloom.attention import cpu, pool
 
 HEADS = fl.HeadShape(4, 2, 16)
 CPU = torch.device("cpu")
@@ -19,6 +20,8 @@ CPU = torch.device("cpu")
 def fresh(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(settings, "_current", settings.get())  # restored afterwards
+    gc.collect()  # plans of former tests, which would give up their memory meanwhile
+    monkeypatch.setattr(cpu, "SPARE", type(cpu.SPARE)())  # and what they left, which may be larger than needed
 
 
 def plan_for(lens, **options):

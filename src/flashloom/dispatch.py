@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from flashloom.attention.batch import Batch, Reserve
     from flashloom.attention.executor import AttentionSpec, Executor
-    from flashloom.attention.tuning import Asked
+    from flashloom.attention.recorded import Asked
     from flashloom.kernel import Kernel
     from flashloom.target import Target
 
@@ -98,7 +98,7 @@ def plan(
     """The executor that a tuning record names, or the first that serves the spec, planned for the batch, and the
     refusals of those before it as (name, reason). A record whose kernel is not to be had counts as none, with a
     warning."""
-    asked = _find("flashloom.attention.tuning:Asked")(spec, device, reserve)
+    asked = _find("flashloom.attention.recorded:Asked")(spec, device, reserve)
     named = asked(batch)
     try:
         return _plan(spec, device, batch, reserve, asked, None if named is None else named.backend)

@@ -17,8 +17,9 @@ from flashloom.attention.kernels.hopper import asked as hopper_asked
 from flashloom.attention.kernels.hopper import config as hopper_config
 from flashloom.attention.kernels.hopper import offered as hopper_offered
 from flashloom.attention.kernels.triton import config as triton_config
+from flashloom.attention.recorded import OPERATOR, Asked, Fixed
 from flashloom.attention.reference import attend_tokens, attention_reference
-from flashloom.attention.tuning import OPERATOR, Choice, Facts, Fixed
+from flashloom.attention.tuning import Choice, Facts
 from flashloom.kv_cache.views import as_kv
 from flashloom.records import Folder, Record
 from flashloom.store import store as store_module
@@ -370,14 +371,14 @@ def test_on_a_gpu_a_record_chooses_between_backends(attention, pretended, cache)
     )
     batch = fl.Batch.decode(fl.PageTable.from_csr([*range(8)], [*range(7)], [16] * 7, page_size=16))
     with fl.autotune(tune=False, cache=cache):
-        ask = tuning.Asked(spec, device, fl.Reserve(requests=8))
+        ask = Asked(spec, device, fl.Reserve(requests=8))
     assert ask(batch) == won
     assert ask.of(won.backend)(batch) == won.config
     assert ask.of("reference")(batch) is None
     pretended.multi_processor_count = 114
     tuning._question.cache_clear()
     with fl.autotune(tune=False, cache=cache):
-        assert tuning.Asked(spec, device, fl.Reserve(requests=8))(batch) is None, "another device"
+        assert Asked(spec, device, fl.Reserve(requests=8))(batch) is None, "another device"
 
 
 def test_other_gpus_have_no_hopper_candidates(pretended):

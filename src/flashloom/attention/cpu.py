@@ -23,6 +23,7 @@ import torch
 from flashloom import settings
 from flashloom.attention import pool
 from flashloom.attention.batch import Batch, Reserve
+from flashloom.attention.blocks import Pattern
 from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.cpu.config import DEFAULT, Config
 from flashloom.attention.overlap import Apart
@@ -147,6 +148,7 @@ class CpuExecutor:
         self._buffers: dict[str, np.ndarray] = {}
         weakref.finalize(self, SPARE.give_all, self._buffers)
         self._words = _Words(spec.program)
+        self._pattern: Pattern | None = None
         # what the arguments hold now: run() rewrites only what differs
         self._q_stride: tuple[int, ...] | None = None
         self._out_stride: tuple[int, ...] | None = None
@@ -166,8 +168,6 @@ class CpuExecutor:
     @classmethod
     def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
         """Why it cannot serve this, or None."""
-        if spec.block_sparse:
-            return "block-sparse KV has no CPU kernel"
         if max(spec.heads.dim, spec.heads.value_dim) > LARGEST_DIM:
             return f"head dims above {LARGEST_DIM}"
         return None
@@ -177,7 +177,9 @@ class CpuExecutor:
         cls, spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int
     ) -> list[cpp.CppKernel]:
         """What such plans need on a target; one kernel serves every batch."""
-        return [] if cls.refuses(spec, torch.device("cpu")) else [kernel(spec, target)]
+        if spec.block_sparse or cls.refuses(spec, torch.device("cpu")):  # the sizes of blocks are known to a plan
+            return []
+        return [kernel(spec, target)]
 
     @classmethod
     def kernels_of(
@@ -188,6 +190,10 @@ class CpuExecutor:
 
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Find or compile the kernel, and schedule the batch."""
+        if batch.blocks is not None:
+            self._pattern = Pattern(batch, _HOST)
+            self._spec = replace(self._spec, program=self._pattern.program(self._spec.program))
+            self._words = _Words(self._spec.program)
         config = self.config = self.tuned(batch) or DEFAULT
         self._schedule, self._run = _functions(self._spec, self.target, config.vector_decode, config.decode_keys)
         self._follow(batch)
@@ -203,6 +209,9 @@ class CpuExecutor:
 
     def _follow(self, batch: Batch) -> None:
         a = self._args
+        if self._pattern is not None:
+            self._pattern.take(batch)
+            self._same = None  # what run() was given last is not all that it reads
         self._batch = batch
         self._kv_indptr = batch.kv_indptr
         a.q_indptr, a.kv_indptr, a.kv_lens = (
@@ -282,6 +291,8 @@ class CpuExecutor:
             a.lse, self._has_lse = 0, False
         if (options := (sm_scale, partial)) != self._options:
             self._options, a.sm_scale, a.partial = options, sm_scale, partial
+        if self._pattern is not None:
+            values = self._pattern.after(values)
         if values:
             a.words = self._words(values)
         if _threads() != self._threads:

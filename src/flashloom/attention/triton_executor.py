@@ -203,7 +203,7 @@ class TritonExecutor:
                 "tables on the GPU"
             )
         if self._pattern is not None:
-            self._pattern.take(batch, self.spec.heads.group, self.config.block_m, self.config.block_n)
+            self._pattern.follow(batch, self.spec.heads.group, self.config.block_m, self.config.block_n)
             self._of_variant = None
         sizes = self._sizes
         if (

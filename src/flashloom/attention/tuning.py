@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -26,17 +26,17 @@ from flashloom.attention.kernels.hopper import config as hopper_config
 from flashloom.attention.kernels.hopper import offered as hopper_offered
 from flashloom.attention.kernels.triton import asked as triton_asked
 from flashloom.attention.kernels.triton import config as triton_config
+from flashloom.attention.recorded import OPERATOR
 from flashloom.kernel import NoCompiler
 from flashloom.kernel.cpp import find_compiler
 from flashloom.kernel.source import Source
 from flashloom.kv_cache.pages import PageTable
 from flashloom.lower import triton as lower
-from flashloom.records import Folder, Question, Record, Scope, bucket_of
+from flashloom.records import Folder, Question, Record, bucket_of
 from flashloom.target import Target
 
-__all__ = ["OPERATOR", "Asked", "Choice", "Facts", "Fixed", "candidates", "question", "tuned_for", "valid"]
+__all__ = ["Choice", "Facts", "candidates", "question", "tuned_for", "valid"]
 
-OPERATOR = "attention"
 CPU_SIZES = ("requests", "mean_q", "max_q", "mean_kv", "page_size", "threads")
 GPU_SIZES = ("requests", "mean_q", "max_q", "page_size")  # the lengths of keys are on the device: nobody reads them
 MOST = 48  # candidates of one key on a GPU
@@ -112,57 +112,6 @@ class Facts:
 
 def _page_size(batch: Batch) -> int:
     return batch.page_size if isinstance(batch.kv, PageTable) else 0
-
-
-class Fixed(Scope):
-    """A scope in which every plan takes this choice (None: the default), and fails where that does. For the tuner."""
-
-    def __init__(self, choice: Choice | None) -> None:
-        super().__init__(is_base=True)
-        self.choice = choice
-
-    def has(self, operator: str) -> bool:
-        return self.choice is not None
-
-
-class Asked:
-    """The records in force where a plan was made, for one spec on one device; a plan keeps it for its updates."""
-
-    def __init__(self, spec: AttentionSpec, device: torch.device, reserve: Reserve | None) -> None:
-        self._spec, self._device, self._reserve = spec, device, reserve
-        self.scope = records.current()
-        self._on_cpu = device.type == "cpu"
-        self._question: Question | None = None
-        self.off = spec.batch_invariant or spec.block_sparse
-
-    @property
-    def strict(self) -> bool:
-        """Whether what cannot serve is an error instead of a reason to take something else."""
-        return isinstance(self.scope, Fixed) and self.scope.choice is not None
-
-    def __call__(self, batch: Batch) -> Choice | None:
-        """What a record names for this batch, if it is valid for it."""
-        if self.off or not self.scope.has(OPERATOR):
-            return None
-        if isinstance(self.scope, Fixed):
-            return self.scope.choice
-        if self._question is None:
-            self._question = question(self._spec, self._device)
-        facts = Facts.of(batch, self._reserve, self._device)
-        choice = self.scope.find(self._question, facts.bucket(self._on_cpu))
-        if choice is None or not valid(choice, self._spec, self._device, facts):
-            return None
-        return choice
-
-    def of(self, backend: str) -> Callable[[Batch], Any]:
-        """The same for one backend: its config, or None."""
-
-        def tuned(batch: Batch) -> Any:
-            choice = self(batch)
-            return choice.config if choice is not None and choice.backend == backend else None
-
-        tuned.trial = self.strict  # type: ignore[attr-defined]
-        return tuned
 
 
 def question(spec: AttentionSpec, device: torch.device) -> Question:

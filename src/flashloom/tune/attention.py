@@ -12,8 +12,9 @@ import torch
 from flashloom import dispatch, records
 from flashloom.attention import Attention, Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.recorded import Fixed
 from flashloom.attention.reference import attend_tokens
-from flashloom.attention.tuning import Choice, Facts, Fixed, candidates, question, valid
+from flashloom.attention.tuning import Choice, Facts, candidates, question, valid
 from flashloom.bench.attention import pages_of
 from flashloom.bench.workloads import Workload
 from flashloom.kv_cache import PagedKVCache, PageTable, RaggedKV
