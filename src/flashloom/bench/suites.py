@@ -73,8 +73,7 @@ def _variants(full: bool, options: Options) -> list[Task]:
     attention; and a narrow window in a long context."""
     heads, flex, alone = fl.HeadShape(8, 2, 128), replace(options, against=("flex",)), replace(options, against=())
     found = [_timed("variants", c, prefill(heads, 1024), BF16, flex) for c in CASES]
-    if full:
-        found += [_timed("variants", c, decode(heads, 4, 4096), BF16, flex) for c in CASES]
+    found += [_timed("variants", c, decode(heads, 4, 4096), BF16, flex) for c in CASES]
     names = ("causal", "ALiBi", "soft cap", "window 256")
     shapes = (prefill(LLAMA, 1024), decode(LLAMA, 8, 4096)) if full else (prefill(LLAMA, 1024),)
     hooks = [_together("hooks", w.name, "own causal", [(c, w, None) for c in names], alone) for w in shapes]
