@@ -51,7 +51,7 @@ class OnDriver(TritonExecutor):
         self._planner = _launch(asked.plan_kernel(self.spec, self.config, True, self.target))
         self._ones = torch.ones(1)
         self._one = self._ones.data_ptr()
-        self._staging = SimpleNamespace(copy=lambda batch, capacity: (1, 2, 3, 4))
+        self._staging = SimpleNamespace(copy=lambda batch, capacity: (1, 2, 3, 4), errors=[], capacity=0)
         self._grow(batch)
         self.update(batch)
 
