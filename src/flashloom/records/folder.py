@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import uuid
 import weakref
@@ -79,8 +80,11 @@ class Folder:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).expanduser().absolute()
         self.name = str(self.root)
+        # Threads list, read and publish at once and take no lock, which a fork could leave held. What one of them began
+        # before another's change goes into the dict that it found, or nowhere; it never covers what came later.
         self._listed: dict[str, dict[str, list[str]]] = {}  # operator -> request -> toolchains
         self._parsed: dict[tuple[str, str], Record | Rejected] = {}
+        self._changes: dict[tuple[str, str], object] = {}  # another object for each time a file is published here
         self._memory = Memory(self.name)  # what could not be written
 
     @classmethod
@@ -90,16 +94,18 @@ class Folder:
         path = os.path.realpath(os.path.expanduser(root))
         if path.endswith(".json") and not os.path.isdir(path):
             path = path.removesuffix(".json")
-        found = _open.get(path)
-        if found is None:
-            found = _open[path] = cls(path)
-        return found
+        with _opening:
+            found = _open.get(path)
+            if found is None:
+                found = _open[path] = cls(path)
+            return found
 
     def _place(self, operator: str) -> Path:
         return self.root / f"v{FORMAT}" / operator
 
     def _list(self, operator: str) -> dict[str, list[str]]:
-        listed = self._listed.get(operator)
+        of_operators = self._listed
+        listed = of_operators.get(operator)
         if listed is None:
             listed = {}
             with suppress(FileNotFoundError, NotADirectoryError):
@@ -108,7 +114,7 @@ class Folder:
                     toolchain, _, suffix = rest.partition(".")
                     if suffix == "json" and request:
                         listed.setdefault(request, []).append(toolchain)
-            self._listed[operator] = listed
+            listed = of_operators.setdefault(operator, listed)
         return listed
 
     def has(self, operator: str) -> bool:
@@ -117,8 +123,7 @@ class Folder:
 
     def refresh(self) -> None:
         """Forget what was listed and read, so that what others wrote since is seen."""
-        self._listed.clear()
-        self._parsed.clear()
+        self._listed, self._parsed = {}, {}
 
     def find(self, question: Question, bucket: tuple[int, ...]) -> Record | None:
         """The record of a key, or None. On a host without a toolchain any toolchain's record serves. Raises Rejected
@@ -137,8 +142,10 @@ class Folder:
 
     def _read(self, operator: str, request: str, toolchain: str, key: Key | None, full: str | None) -> Record | None:
         name = f"{request}.{toolchain}.json"
-        known = self._parsed.get((operator, name))
+        parsed = self._parsed
+        known = parsed.get((operator, name))
         if known is None:
+            change = self._changes.get((operator, name))
             try:
                 text = _read_file(self._place(operator) / name)
                 known = parse(text, key, full, self.name)
@@ -146,9 +153,11 @@ class Folder:
                 return None  # removed since it was listed
             except Rejected as error:
                 known = error
-            if len(self._parsed) >= _PARSED_KEPT:
-                self._parsed.clear()
-            self._parsed[operator, name] = known
+            if len(parsed) >= _PARSED_KEPT:
+                parsed.clear()
+            parsed[operator, name] = known
+            if self._changes.get((operator, name)) is not change:
+                parsed.pop((operator, name), None)  # published while it was read
         if isinstance(known, Rejected):
             raise known
         return known
@@ -197,6 +206,7 @@ class Folder:
         toolchains = self._list(record.operator).setdefault(request, [])
         if toolchain not in toolchains:
             toolchains.append(toolchain)
+        self._changes[record.operator, name] = object()
         self._parsed.pop((record.operator, name), None)
 
     def files(self) -> Iterator[Path]:
@@ -233,6 +243,15 @@ class Folder:
 
 
 _open: weakref.WeakValueDictionary[str, Folder] = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _opening
+    _opening = threading.Lock()  # a thread that held it is not in this process
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _names(key: Key) -> tuple[str, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -96,12 +98,13 @@ class Scope:
 
     def find(self, question: Question, bucket: tuple[int, ...]) -> Any:
         """The config that answers, as the operator reads it, or None. No file is read for what was asked before."""
-        if self._generation != _generation:
+        if self._generation is not _generation:
             self._renew()
+        memo = self._memo  # what is looked up before a change must not go into the memo that follows it
         try:
-            found = self._memo[question, bucket]
+            found = memo[question, bucket]
         except KeyError:
-            found = self._look(question, bucket)
+            found = self._look(question, bucket, memo)
         if found is None:
             self.counters.misses += 1
         else:
@@ -117,11 +120,12 @@ class Scope:
         is where any layer has a record of this operator."""
         if not self._is_base:
             return True
-        if self._generation != _generation:
+        if self._generation is not _generation:
             self._renew()
-        found = self._any.get(operator)
+        known = self._any
+        found = known.get(operator)
         if found is None:
-            found = self._any[operator] = any(_has(layer, operator) for layer in self.layers)
+            found = known[operator] = any(_has(layer, operator) for layer in self.layers)
         return found
 
     def publish(self, record: Record) -> bool:
@@ -138,16 +142,17 @@ class Scope:
         published()
 
     def _renew(self) -> None:
-        self._generation = _generation
+        now = _generation
         self._memo: dict[tuple[Question, tuple[int, ...]], Any] = {}
         self._any: dict[str, bool] = {}
+        self._generation = now  # last: a thread that sees it sees the new memo
 
-    def _look(self, question: Question, bucket: tuple[int, ...]) -> Any:
+    def _look(self, question: Question, bucket: tuple[int, ...], memo: dict[Any, Any]) -> Any:
         record = self.record(question, bucket)
         found = None if record is None else question.read(record.config)
-        if len(self._memo) >= _KEPT:
-            self._memo.clear()
-        self._memo[question, bucket] = found
+        if len(memo) >= _KEPT:
+            memo.clear()
+        memo[question, bucket] = found
         if found is None and len(self.missed) < _KEPT:
             self.missed[f"{question.operator} {question.label}".strip(), tuple(zip(question.sizes, bucket))] = None
         return found
@@ -172,16 +177,17 @@ class Scope:
         log.warning("a tuning record in %s is not used (%s): %s", layer.name, kind, error)
 
 
-_generation = 0
+_generation = object()  # another one for each change: threads that change at once cannot undo a count
 _added: dict[str, Layer] = {}
 _base: tuple[Settings, Scope] | None = None
+_changing = threading.RLock()  # held where the base is made or its layers change
 _current: ContextVar[Scope | None] = ContextVar("flashloom_records", default=None)
 
 
 def published() -> None:
     """Make every scope ask its layers again."""
     global _generation
-    _generation += 1
+    _generation = object()
 
 
 def default_root() -> Path | None:
@@ -195,13 +201,16 @@ def default_root() -> Path | None:
 def base() -> Scope:
     """The scope outside of every context: packs in use, then the user's folder."""
     global _base
-    now = settings.get()
-    if _base is None or _base[0] is not now:
-        root = default_root()
-        own: Folder | Memory = Memory() if root is None else Folder.at(root)
-        _base = (now, Scope((*reversed(_added.values()), own), own, is_base=True))
-        published()
-    return _base[1]
+    now, made = settings.get(), _base
+    if made is None or made[0] is not now:
+        with _changing:
+            made = _base
+            if made is None or made[0] is not now:
+                root = default_root()
+                own: Folder | Memory = Memory() if root is None else Folder.at(root)
+                made = _base = (now, Scope((*reversed(_added.values()), own), own, is_base=True))
+                published()
+    return made[1]
 
 
 def current() -> Scope:
@@ -226,9 +235,10 @@ def entered(scope: Scope) -> Iterator[Scope]:
 
 def add_layer(layer: Layer) -> None:
     """Ask this layer before the user's folder, in every thread: the records of a pack in use."""
-    _added.pop(layer.name, None)
-    _added[layer.name] = layer
-    forget()
+    with _changing:
+        _added.pop(layer.name, None)
+        _added[layer.name] = layer
+        forget()
 
 
 def take_pack(pack: PackFile) -> None:
@@ -246,8 +256,9 @@ def take_pack(pack: PackFile) -> None:
 def forget() -> None:
     """Make the base anew and ask all layers again."""
     global _base
-    _base = None
-    published()
+    with _changing:
+        _base = None
+        published()
 
 
 def _has(layer: Layer, operator: str) -> bool:
@@ -257,6 +268,12 @@ def _has(layer: Layer, operator: str) -> bool:
         return False
 
 
+def _after_fork() -> None:
+    global _changing
+    _changing = threading.RLock()  # a thread that held it is not in this process
+
+
+os.register_at_fork(after_in_child=_after_fork)
 packs.on_use.append(take_pack)
 for _pack in packs.USED:
     take_pack(_pack)
