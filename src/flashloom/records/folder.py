@@ -62,7 +62,7 @@ class Memory:
 
     def has(self, operator: str) -> bool:
         """Whether there is any record of this operator."""
-        return any(name == operator for name, _ in self._kept)
+        return any(name == operator for name, _ in tuple(self._kept))  # a thread may add meanwhile
 
     def publish(self, record: Record) -> bool:
         """Keep a record; False, since it is not written."""

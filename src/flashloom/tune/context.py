@@ -87,7 +87,7 @@ class autotune:
     @property
     def missed(self) -> list[tuple[str, dict[str, int]]]:
         """Shapes that were planned and have no record: operator with what it computes, and bucket."""
-        return [(name, dict(bucket)) for name, bucket in self.scope.missed]
+        return [(name, dict(bucket)) for name, bucket in tuple(self.scope.missed)]
 
     def refresh(self) -> None:
         """See what other processes wrote since this context, or an outer one, first looked."""
