@@ -108,7 +108,7 @@ class Monitor:
         if self.capture:
             _profiler("cudaProfilerStop")
         _unwatch(self)
-        self._ended, self._after = time.perf_counter(), store.counters()
+        self._after, self._ended = store.counters(), time.perf_counter()
 
     def _add(self, call: Call) -> None:
         with self._lock:

@@ -1,6 +1,8 @@
 """transformers with flashloom against the same models with SDPA (eager where SDPA is not offered), tiny and seeded."""
 
 import itertools
+import threading
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers inte
 from tests.integrations.tiny import DECODERS, PLAIN, SMALL, build, llama, llama4, mistral  # noqa: E402
 
 from flashloom.integrations import transformers_masks as masks  # noqa: E402
+from flashloom.integrations import transformers_plans  # noqa: E402
 from flashloom.integrations.transformers import flashloom_attention, register  # noqa: E402
 
 register()
@@ -198,3 +201,20 @@ def test_mask_forms_numbers_only_when_asked():
     cut = mask[:, :, :, :3]
     assert type(cut) is torch.Tensor
     assert torch.equal(cut, HF.sdpa_mask(2, 4, 6, 2, allow_is_causal_skip=False)[..., :3])
+
+
+def test_plans_can_come_back_while_one_is_taken(monkeypatch):
+    """Garbage collection ends layouts at any point, also within `_take`."""
+    monkeypatch.setattr(transformers_plans, "_spare", OrderedDict())
+    plan, taken = object(), []
+
+    class Collecting:
+        def __hash__(self):
+            transformers_plans._give({"another": plan})
+            return 7
+
+    thread = threading.Thread(target=lambda: taken.append(transformers_plans._take(Collecting())), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert taken == [None]
+    assert transformers_plans._take("another") is plan

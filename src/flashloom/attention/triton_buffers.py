@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -105,13 +107,18 @@ class Buffers:
         )
 
 
-#: Pinned buffers of plans that are gone, each until a kernel that may still read it is done.
-_leaving: list[tuple[torch.cuda.Event | None, list[torch.Tensor]]] = []
+#: Pinned buffers of plans that are gone, each until a kernel that may still read it is done. Plans may go in any thread
+#: and at any point, also within `_sweep`.
+_leaving: deque[tuple[torch.cuda.Event | None, list[torch.Tensor]]] = deque()
 
 
 def _sweep() -> None:
     if _leaving and not torch.cuda.is_current_stream_capturing():  # nothing may be asked then
-        _leaving[:] = [pair for pair in _leaving if pair[0] is None or not pair[0].query()]
+        with suppress(IndexError):  # another thread took the last one
+            for _ in range(len(_leaving)):
+                pair = _leaving.popleft()
+                if pair[0] is None or not pair[0].query():
+                    _leaving.append(pair)
 
 
 class Staging:

@@ -97,7 +97,7 @@ class Layout:
 
 VARIANTS, UNMASKED = Recent(VARIANTS_KEPT), Recent(LAYOUTS_KEPT)
 _spare: OrderedDict[tuple, list[fl.Plan]] = OrderedDict()
-_lock = threading.Lock()
+_lock = threading.RLock()  # garbage collection may call `_give` at any point, also while this thread holds it
 
 
 def _take(key: tuple) -> fl.Plan | None:
