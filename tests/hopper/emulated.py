@@ -1,0 +1,179 @@
+"""The Hopper kernel on an emulated GPU against the definition; `test_emulated.py` runs this file with
+TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+from tests.hopper.emulator.launch import PROCESSORS, Emulated, install
+from tests.triton.cases import (
+    BF16,
+    F16,
+    Case,
+    H,
+    alibi,
+    causal,
+    check,
+    documents,
+    gemma,
+    holes,
+    key_bias,
+    prefix,
+    sinks,
+)
+
+import flashloom as fl
+from flashloom import dispatch
+from flashloom.attention.kernels.hopper import consume, load
+from flashloom.attention.reference import attention_reference
+
+G = H(8, 2, 128)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    install(monkeypatch)
+    torch.manual_seed(torch.seed())
+
+
+class Warm(fl.Variant):
+    """A query transform that looks at no other element of the row."""
+
+    gain: fl.PerHead
+
+    def query_transform(self, q, at):
+        return q * self.gain[at.q_head] * torch.log2(at.q_pos + 2.0)
+
+
+def warm(case, device):
+    return Warm(gain=torch.rand(case.heads.q_heads) + 0.5) & fl.causal
+
+
+def low_cap(case, device):
+    return fl.softcap(0.3) & fl.causal
+
+
+CASES = [
+    Case([1, 2, 3, 129], [1, 2, 3, 129], H(4, 2, 128), BF16, kind="ragged", variant=causal),
+    Case([130, 7, 0, 60], [20, 300, 0, 60], H(4, 2, 128), F16, kind="ragged", variant=causal),
+    Case([150, 70], [150, 230], H(2, 2, 128), BF16, kind="dense", variant=causal),
+    Case([30, 40, 70], [130, 204, 71], G, F16, page_size=8, variant=causal),
+    Case([30, 100], [30, 150], H(4, 1, 128), BF16, page_size=48, layout="HND", variant=gemma),
+    Case([30, 50], [133, 250], H(4, 1, 128), BF16, page_size=16, variant=alibi, on_device=True),
+    Case([30, 50], [30, 100], H(8, 2, 64), BF16, page_size=16, variant=sinks),
+    Case([30, 50], [30, 100], H(2, 1, 256), F16, kind="ragged", variant=causal),
+    Case([30, 50], [30, 100], H(2, 2, 192, 128), BF16, kind="ragged", variant=causal),
+    Case([30], [90], H(8, 4, 80), BF16, kind="ragged", variant=holes),
+    Case([90], [90], G, BF16, kind="ragged", variant=causal, sm_scale=-0.1),
+    Case([30, 60], [30, 150], G, BF16, kind="ragged", variant=sinks, partial=True),
+    Case([30], [30], H(5, 1, 128), BF16, page_size=16, odd_strides=True, variant=causal),
+    Case([30, 40, 1], [30, 130, 77], G, BF16, page_size=1, variant=causal),
+    Case([30, 26], [130, 71], H(8, 4, 80), BF16, page_size=4, layout="HND", variant=gemma),
+    Case([30, 26], [130, 71], H(8, 2, 256), BF16, page_size=20, variant=causal),
+    Case([1, 2, 191, 193, 64], [1, 200, 191, 500, 64], H(2, 2, 64), F16, kind="ragged"),
+    Case([70, 30], [70, 200], G, BF16, kind="ragged", variant=documents),
+    Case([30, 50], [30, 100], G, F16, kind="ragged", variant=prefix),
+    Case([30, 50], [30, 100], G, BF16, kind="ragged", variant=key_bias),
+    Case([30, 50], [30, 100], G, BF16, page_size=16, variant=warm),
+    Case([30, 50], [30, 100], G, F16, kind="ragged", variant=low_cap),
+    Case([60, 1, 1, 2], [60, 400, 300, 500], G, BF16, page_size=16, variant=causal),
+    Case([30] * 3, [30, 100, 31], H(4, 2, 128), BF16, kind="dense", layout="HND", variant=causal, by_request=True),
+    Case([40] * 3, [300, 40, 0], H(4, 2, 128), F16, page_size=16, variant=sinks, by_request=True),
+    Case([70] * 2, [200, 129], H(2, 2, 64), BF16, kind="ragged", by_request=True, partial=True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_reference(case):
+    check(case, "cpu", "hopper")
+
+
+def test_a_plan_follows_updates():
+    """Also where results go to other addresses, and where fewer tokens come than are reserved."""
+    q, k, v = (torch.randn(n, h, 128, dtype=BF16) for n, h in ((260, 4), (600, 2), (600, 2)))
+    attn = fl.Attention(H(4, 2, 128), variant=fl.causal, dtype=BF16, device="cpu")
+    with dispatch.only("hopper"):
+        plan = attn.plan(fl.Batch([200, 60], kv=fl.RaggedKV([300, 60])), reserve=fl.Reserve(requests=4, tokens=260))
+    for q_lens, kv_lens in ([[200, 60], [300, 60]], [[3, 100], [400, 100]], [[65], [600]]):
+        batch = fl.Batch(q_lens, kv=fl.RaggedKV(kv_lens))
+        plan.update(batch)
+        tokens = sum(q_lens)
+        out = torch.full((tokens, 4, 128), float("nan"), dtype=BF16)
+        plan.run(q[:tokens], (k[: sum(kv_lens)], v[: sum(kv_lens)]), out=out)
+        want, _ = attention_reference(q[:tokens], k, v, batch, fl.causal)
+        assert float((out.double() - want).norm() / want.norm()) < 8e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F16])
+def test_out_of_another_dtype(dtype):
+    batch = fl.Batch([70, 30], kv=fl.RaggedKV([70, 100]))
+    q, k, v = (torch.randn(n, h, 128, dtype=BF16) for n, h in ((100, 4), (170, 2), (170, 2)))
+    with dispatch.only("hopper"):
+        plan = fl.Attention(H(4, 2, 128), variant=fl.causal, dtype=BF16, device="cpu").plan(batch)
+    out = torch.full((100, 4, 128), float("nan"), dtype=dtype)
+    plan.run(q, (k, v), out=out)
+    want, _ = attention_reference(q, k, v, batch, fl.causal)
+    assert float((out.double() - want).norm() / want.norm()) < 8e-3
+
+
+def test_counters_are_left_at_zero():
+    with dispatch.only("hopper"):
+        plan = fl.Attention(H(4, 2, 128), dtype=BF16, device="cpu").plan(fl.Batch([300, 1], kv=fl.RaggedKV([300, 50])))
+    plan.run(torch.randn(301, 4, 128, dtype=BF16), torch.randn(2, 350, 2, 128, dtype=BF16).unbind())
+    assert not plan._executor._counter.any()
+    assert plan._executor._grid == PROCESSORS
+
+
+# --- that the emulator sees what is wrong ---
+
+
+def broken(monkeypatch, replaced, **case):
+    """Run a case with functions of the kernel replaced; answers what the check says."""
+    for name, replacement in replaced.items():
+        for module in (consume, load):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, replacement)
+    given = {"q_lens": [60, 50], "kv_lens": [400, 300], "heads": H(4, 2, 128), "dtype": BF16, "page_size": 16} | case
+    with pytest.raises(AssertionError) as caught:
+        check(Case(**given), "cpu", "hopper")
+    return str(caught.value)
+
+
+def test_a_copy_that_is_not_waited_for(monkeypatch):
+    assert "NaN in out" in broken(monkeypatch, {"await_copy": lambda *_: None}, kv_lens=[384, 256])
+
+
+def test_a_missing_fence(monkeypatch):
+    assert "without a fence" in broken(monkeypatch, {"fence_async_shared": lambda: None})
+
+
+def test_a_consumer_that_keeps_its_turn(monkeypatch):
+    assert "deadlock" in broken(monkeypatch, {"leave": lambda *_: None})
+
+
+def test_a_stage_that_is_released_before_it_was_read(monkeypatch):
+    real = consume.warpgroup_mma_wait
+    said = broken(monkeypatch, {"warpgroup_mma_wait": lambda left, deps: real(left + 1, deps)})
+    assert "NaN in out" in said or "before its products" in said
+
+
+def test_an_arrival_too_many(monkeypatch):
+    real = load.tma_load
+
+    def twice(source, where, full, to):
+        real(source, where, full, to)
+        full.add(1)
+
+    assert "more arrivals" in broken(monkeypatch, {"tma_load": twice})
+
+
+def test_keys_of_another_page(monkeypatch):
+    real = load.tma_load
+
+    def shifted(source, where, full, to):
+        real(source, [where[0] + 1, *where[1:]] if len(where) == 4 else where, full, to)
+
+    assert broken(monkeypatch, {"tma_load": shifted})
+
+
+def test_memory_that_is_no_argument(monkeypatch):
+    monkeypatch.setattr(Emulated, "allowed", lambda self, q, k, v, out, lse: (q, k, out, lse))
+    assert "no memory of the call" in broken(monkeypatch, {})
