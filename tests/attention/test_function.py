@@ -124,7 +124,10 @@ def test_a_call_of_the_same_form_launches_at_once(launches):
         assert torch.equal(got, fl.attention(*again, variant=fl.causal, return_lse=True)[0])
 
 
-def test_calls_in_between_are_noticed():
+@pytest.mark.parametrize("sharing", [1, 4])
+def test_calls_in_between_are_noticed(sharing, monkeypatch):
+    monkeypatch.setattr(function, "_SHARING", sharing)
+    function._recent.clear()
     q, k, v = tensors()
     sinks = [fl.sink(torch.randn(4)) for _ in range(2)]
     calls = [{"variant": one, "sm_scale": scale} for one in sinks for scale in (None, 0.5)]
@@ -132,7 +135,7 @@ def test_calls_in_between_are_noticed():
     for order in ((0, 0, 1, 2, 3), (3, 1, 1, 3), (2, 0, 2, 0)):
         for i in order:
             torch.testing.assert_close(fl.attention(q, k, v, **calls[i]), want[i])
-    for tokens in (5, 6, 5, 5, 7, 5):  # one plan serves them all
+    for tokens in (5, 6, 5, 5, 7, 5):  # of one class
         few = q[:, :, :1].expand(3, 4, tokens, 16)
         torch.testing.assert_close(
             fl.attention(few, k, v, **calls[0]), fl.attention(few, k, v, return_lse=True, **calls[0])[0]
@@ -164,7 +167,46 @@ def test_a_monitor_sees_calls_that_repeat(launches):
     assert Plan.run is function._RUN
 
 
+def test_shapes_that_take_turns_have_plans_of_their_own(launches):
+    """As long as a class has few of them; a further shape takes over the plan that was prepared first."""
+    shapes = [tensors(n) for n in (5, 6, 7, 8)]
+    want = [fl.attention(*x, variant=fl.causal) for x in shapes]
+    del launches[:]
+    for i in (0, 3, 1, 2, 0, 0, 1):
+        assert torch.equal(fl.attention(*shapes[i], variant=fl.causal), want[i])
+    assert not launches
+    more = tensors(5, 16)
+    fl.attention(*more, variant=fl.causal)  # of the same class: 9 to 16 keys
+    assert len(function._recent.plans) == 4
+    for i in range(4):
+        assert torch.equal(fl.attention(*shapes[i], variant=fl.causal), want[i])
+
+
+def test_a_graph_takes_a_plan_of_its_shapes_for_itself():
+    """What `fl.attention` asks for while a graph is captured; a stream is a number among a plan's names."""
+    function._recent.clear()
+    q, k, v = tensors()
+    want = fl.attention(q, k, v)
+    (name,), (plan,) = function._recent.plans, function._recent.plans.values()
+    on_capture, elsewhere = ((*name[:-2], stream, name[-1]) for stream in (7, 8))
+    assert function._for_graph(on_capture) is plan  # warmed up on another stream
+    function._recent.captured.add(plan)
+    assert function._for_graph(on_capture) is plan
+    assert not function._recent.calls
+    assert not function._recent.classes
+    with pytest.raises(
+        RuntimeError, match=r"no plan yet for q \(3, 4, 5, 16\) and k .* call it once with such tensors"
+    ):
+        function._for_graph(elsewhere)  # it is the other graph's
+    assert torch.equal(fl.attention(q, k, v), want)
+    assert plan not in [plan for name, plan in function._recent.plans.items() if name[-2] is None]
+    function._recent.captured.discard(plan)
+    function._recent.clear()
+
+
 def test_a_refused_update_leaves_the_plan_as_it_was(monkeypatch):
+    monkeypatch.setattr(function, "_SHARING", 1)
+    function._recent.clear()
     q, k, v = tensors(6)
     want = fl.attention(q, k, v)
     update = CpuExecutor.update

@@ -158,9 +158,11 @@ def test_plans_of_dense_attention_are_kept_and_bounded():
     assert list(function._recent.plans.values())[-1] is before
 
 
-def test_plans_of_one_request_follow_lengths_of_their_size_class():
+@pytest.mark.parametrize(("sharing", "plans"), [(1, 7), (4, 1 + 1 + 2 + 4 * 4)])
+def test_plans_of_one_request_follow_lengths_of_their_size_class(sharing, plans, monkeypatch):
     from flashloom.attention import function
 
+    monkeypatch.setattr(function, "_SHARING", sharing)
     function._recent.clear()
     for n in range(1, 65):
         x = torch.randn(n, 2, 8)
@@ -168,7 +170,8 @@ def test_plans_of_one_request_follow_lengths_of_their_size_class():
         close(fl.attention(x, x, x, variant=fl.causal), want)
         batch = x.transpose(0, 1)[None]
         close(fl.attention(batch, batch, batch, variant=fl.causal)[0].transpose(0, 1), want)
-    assert len(function._recent.plans) == 2 * 7  # 1, 2, 4, ... 64 tokens, in each form
+    assert len(function._recent.plans) == 2 * plans  # 1, 2, 4, ... 64 tokens, in each form
+    assert sum(map(len, function._recent.classes.values())) == 2 * plans
 
 
 def test_dense_attention_takes_fields_of_its_variant():

@@ -275,6 +275,25 @@ def test_captured_dense_calls_stay_as_they_were():
     assert torch.equal(out, want)
 
 
+def test_shapes_of_one_class_are_captured_after_a_warm_up_on_another_stream():
+    shapes = [tuple(_dense(2, tokens, 300)) for tokens in (200, 150)]
+    want = [fl.attention(*x, variant=fl.causal) for x in shapes]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [fl.attention(*x, variant=fl.causal) for x in shapes]
+    for x, out in zip(shapes, want, strict=True):
+        assert torch.equal(fl.attention(*x, variant=fl.causal), out)
+    for tokens in (199, 160, 170, 180, 190):
+        x = tuple(_dense(2, tokens, 300))
+        assert _far(fl.attention(*x, variant=fl.causal), *x) < 8e-3
+    for out in outs:
+        out.fill_(float("nan"))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(outs, want, strict=True))
+    with pytest.raises(RuntimeError, match="call it once with such tensors"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        fl.attention(*_dense(3, 77, 300), variant=fl.causal)
+
+
 def test_an_update_refused_within_a_capture_changes_nothing():
     plan, q, cache, kv = _decode([700, 64], device="cpu")
     other = fl.Batch.decode(fl.PageTable(kv.kv_lens // 2, kv.page_indptr, kv.pages, 16))

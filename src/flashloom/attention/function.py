@@ -22,6 +22,7 @@ from flashloom.variant import full
 from flashloom.variant.variant import Variant
 
 _PLANS_KEPT, _CALLS_KEPT = 64, 256  # per thread
+_SHARING = 4  # plans of one size class; a further shape takes over the one looked up least recently
 _RUN = Plan.run  # while a monitor watches, Plan.run is another function, and every call goes through it
 
 
@@ -45,13 +46,29 @@ class _Call:
 
 class _Recent(threading.local):
     def __init__(self) -> None:
-        self.plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self.plans: OrderedDict[tuple, Plan] = OrderedDict()  # by exact shapes
+        self.classes: dict[tuple, list[tuple]] = {}  # names of the plans that may follow other shapes, by class
         self.calls: dict[tuple, _Call] = {}
         self.captured: set[Plan] = set()  # CUDA graphs hold their addresses
 
     def clear(self) -> None:
         self.plans.clear()
+        self.classes.clear()
         self.calls.clear()
+
+    def take(self, name: tuple) -> Plan:
+        """Take a plan out."""
+        for key, names in self.classes.items():
+            if name in names:
+                names.remove(name)
+                if not names:
+                    del self.classes[key]
+                break
+        return self.plans.pop(name)
+
+    def forget(self, plan: Plan) -> None:
+        """No call repeats one of this plan."""
+        self.calls = {key: call for key, call in self.calls.items() if call.plan is not plan}
 
 
 _recent = _Recent()
@@ -163,51 +180,63 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -
     stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else None
     # the head axis is 1 in both forms; fields per request or token follow from the variant passed to run
     rest = (q.dtype, k.dtype, q.device, stream, variant.program.digest)
-    exact, plans = (q.shape, k.shape, v.shape, *rest), _recent.plans
-    plan = plans.get(exact)
+    name, plans = (q.shape, k.shape, v.shape, *rest), _recent.plans
+    if stream and torch.cuda.is_current_stream_capturing():
+        return _for_graph(name)
+    plan = plans.get(name)
     if plan is not None:
-        plans.move_to_end(exact)
+        plans.move_to_end(name)
         return plan
-    key = (*_class(q, k, v), *rest)
     _check_lengths(q, k, v)
-    plan = plans.get(key)
-    if plan is not None:
-        plans.move_to_end(key)
-        if (plan.batch.tokens, plan.batch.kv_tokens) != _tokens(q, k):
-            plan.update(_batch(q, k), variant=variant)
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            plans[exact] = plans.pop(key)  # the graph's alone from now on: it would see later lengths
-        return plan
-    heads = HeadShape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1])
-    layer = Attention(heads, variant=variant, dtype=q.dtype, kv_dtype=k.dtype, layout="HND", device=q.device)
-    batch = _batch(q, k)
-    try:
-        plan = layer.plan(batch)
-    except MemoryError:  # the pool is full: the plans kept here are what nobody else can drop
-        _recent.clear()
-        plan = layer.plan(batch)
-    plans[key] = plan
+    key = (*_class(q, k, v), *rest)
+    names = _recent.classes.get(key, ())
+    if len(names) >= _SHARING:
+        oldest = next(x for x in plans if x in names)
+        plans[oldest].update(_batch(q, k), variant=variant)
+        plan = _recent.take(oldest)
+    else:
+        heads = HeadShape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1])
+        layer = Attention(heads, variant=variant, dtype=q.dtype, kv_dtype=k.dtype, layout="HND", device=q.device)
+        batch = _batch(q, k)
+        try:
+            plan = layer.plan(batch)
+        except MemoryError:  # the pool is full: the plans kept here are what nobody else can drop
+            _recent.clear()
+            plan = layer.plan(batch)
+    plans[name] = plan
+    _recent.classes.setdefault(key, []).append(name)
     if len(plans) > _PLANS_KEPT:
-        former = plans.popitem(last=False)[1]
-        _recent.calls = {name: call for name, call in _recent.calls.items() if call.plan is not former}
+        _recent.forget(_recent.take(next(iter(plans))))
     return plan
 
 
+def _for_graph(name: tuple) -> Plan:
+    """The plan of these shapes, or that of another stream, for a graph that is being captured: it would see later
+    lengths, so from now on it is the graph's, and follows no others."""
+    form, plans = (*name[:-2], name[-1]), _recent.plans
+    known = name
+    if name not in plans:
+        others = (x for x in reversed(plans) if (*x[:-2], x[-1]) == form and plans[x] not in _recent.captured)
+        known = next(others, name)
+    if known in plans:
+        plan = plans[name] = _recent.take(known)
+        if known != name:
+            _recent.forget(plan)
+        return plan
+    raise RuntimeError(
+        f"fl.attention has no plan yet for q {tuple(name[0])} and k {tuple(name[1])} of this dtype and variant, and "
+        "none can be made while a CUDA graph is captured: call it once with such tensors before"
+    )
+
+
 def _class(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
-    """Batches of one class share a plan, which follows their lengths: those can pick a kernel by powers of two."""
+    """Batches of one class share plans, which follow their lengths: those can pick a kernel by powers of two."""
     if q.dim() == 3:
         (tokens, q_heads, dim), (keys, kv_heads, _), requests = q.shape, k.shape, None
     else:
         (requests, q_heads, tokens, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     size = (tokens - 1).bit_length(), (keys - 1).bit_length()
     return (requests, q_heads, kv_heads, dim, k.shape[-1], v.shape[-1], *size)
-
-
-def _tokens(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int]:
-    """Query and key tokens of the batch."""
-    if q.dim() == 3:
-        return q.shape[0], k.shape[0]
-    return q.shape[0] * q.shape[2], k.shape[0] * k.shape[2]
 
 
 def _batch(q: torch.Tensor, k: torch.Tensor) -> Batch:
