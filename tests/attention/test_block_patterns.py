@@ -1,10 +1,12 @@
 """Block patterns on the CPU kernels: what they compute is the reference's, and tiles that nobody sees are not read."""
 
+import numpy as np
 import pytest
 import torch
 
 import flashloom as fl
 from flashloom.attention.reference import attention_reference
+from flashloom.attention.triton_blocks import Pattern
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -101,3 +103,39 @@ def test_blocks_of_other_sizes_need_another_plan():
     q, k, v = torch.randn(4, 2, 16), torch.randn(32, 1, 16), torch.randn(32, 1, 16)
     want, _ = attention_reference(q, k, v, plan.batch, fl.full)
     torch.testing.assert_close(plan.run(q, (k, v)).double(), want, atol=2e-5, rtol=2e-5)
+
+
+def test_what_gpu_kernels_read_keeps_its_memory():
+    """A captured run reads the lists of a later batch where those of the first one were."""
+    places, cpu = [], torch.device("cpu")
+    cases = (([90, 33], [400, 170]), ([17], [900]), ([40, 1], [300, 8]), ([90, 33], [400, 170]), ([60, 60], [890, 5]))
+    for seed, (q_lens, kv_lens) in enumerate(cases):
+        batch = fl.Batch(q_lens, kv=pattern_of(fl.RaggedKV(kv_lens), q_lens, kv_lens, 16, 32, seed))
+        if not places:
+            pattern = Pattern(batch, cpu)
+        found = pattern.read(batch, 2, 64, 32)
+        pattern.write(found, 2, 123, 2 * 123 // 64 + 2)
+        places.append([x.data_ptr() for x in pattern.values])
+        _, first, before, visited = (x.numpy() for x in _by_name(pattern))
+        blocks, keys = batch.blocks, -(-max(kv_lens) // 32)
+        starts, indices = blocks.block_indptr.tolist(), blocks.block_indices.tolist()
+        row = 0
+        for b, n in enumerate(q_lens):
+            assert first[b] == blocks.first_block(np.array(q_lens))[b]
+            for at in range(0, 2 * n, 64):
+                of = range(at // 2 // 16, (min(at + 64, 2 * n) - 1) // 2 // 16 + 1)
+                want = {i for q in of for i in indices[starts[first[b] + q] : starts[first[b] + q + 1]]}
+                assert set(visited[row, : before[row, keys]].tolist()) == want
+                assert [int(before[row, t + 1] - before[row, t]) for t in range(keys)] == [
+                    t in want for t in range(keys)
+                ]
+                row += 1
+    assert places[1] != places[0], "room for longer keys was not made"
+    assert all(place == places[1] for place in places[1:])
+
+
+def _by_name(pattern):
+    found = dict(zip([p.name for p in pattern.program(fl.full.program).params], pattern.values, strict=True))
+    return [
+        next(x for name, x in found.items() if name.endswith(end)) for end in ("kept", "first", "before", "visited")
+    ]

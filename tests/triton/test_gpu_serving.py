@@ -196,6 +196,31 @@ def test_block_patterns_visit_no_other_tiles():
     assert float((out.double() - want).norm() / want.norm()) < 8e-3
 
 
+def test_a_captured_run_follows_block_patterns():
+    def batch(q_lens, kv_lens, share):
+        rows, keys = [-(-n // 64) for n in q_lens], [-(-n // 64) for n in kv_lens]
+        lists = [torch.randperm(keys[b])[: 1 + keys[b] // share].tolist() for b in (0, 1) for _ in range(rows[b])]
+        indptr = torch.tensor([0, *map(len, lists)]).cumsum(0)
+        blocks = [i for one in lists for i in one]
+        return fl.Batch(q_lens, kv=fl.BlockSparseKV(fl.RaggedKV(kv_lens), indptr, blocks, block_q=64, block_kv=64))
+
+    batches = batch([300, 200], [2000, 700], 3), batch([100, 400], [500, 1800], 7), batch([1, 9], [64, 900], 1)
+    q = torch.randn(500, 32, 128, device="cuda", dtype=BF16)
+    k, v = torch.randn(2, 2700, 8, 128, device="cuda", dtype=BF16)
+    plan = fl.Attention(G, dtype=BF16, device="cuda").plan(batches[0])
+    out = plan.run(q, (k, v))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(q, (k, v), out=out)
+    for now in (*batches[1:], batches[0]):
+        plan.update(now)
+        out.fill_(float("nan"))
+        graph.replay()
+        want, _ = attention_reference(q[: now.tokens], k, v, now, fl.full)
+        assert float((out[: now.tokens].double() - want).norm() / want.norm()) < 8e-3
+        assert out[now.tokens :].isnan().all()
+
+
 def test_a_first_run_waits_for_planning_on_another_stream():
     _, q, cache, kv = _decode([5000, 300])
     torch.cuda.synchronize()
@@ -290,8 +315,9 @@ def test_shapes_of_one_class_are_captured_after_a_warm_up_on_another_stream():
         out.fill_(float("nan"))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(outs, want, strict=True))
+    other = tuple(_dense(3, 77, 300))
     with pytest.raises(RuntimeError, match="call it once with such tensors"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        fl.attention(*_dense(3, 77, 300), variant=fl.causal)
+        fl.attention(*other, variant=fl.causal)
 
 
 def test_an_update_refused_within_a_capture_changes_nothing():

@@ -52,9 +52,17 @@ class Pattern:
         mask = mine.mask if program.mask is None else all_of(program.mask, mine.mask)
         return replace(program, params=(*program.params, *mine.params), mask=mask)
 
-    def take(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Follow another batch. Answers what its blocks keep, bool [query blocks, key blocks of the longest request],
-        and each request's first query block. Raises ValueError when the batch's blocks have other sizes."""
+    def take(self, batch: Batch) -> None:
+        """Follow another batch. Raises what `table` does."""
+        self.values = self.fields(*(torch.from_numpy(x).to(self.device) for x in self.table(batch)))
+
+    def fields(self, first: torch.Tensor, kept: torch.Tensor) -> tuple[Any, ...]:
+        """Values for what `table` answers."""
+        return _variant(*self.sizes)(block_pattern_first=first, block_pattern_kept=kept).values
+
+    def table(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Each request's first query block, int32 [requests or 1], and what a batch's blocks keep, bool [query blocks,
+        key blocks of the longest request]. Raises ValueError when the batch's blocks have other sizes."""
         blocks = batch.blocks
         assert blocks is not None
         if (blocks.block_q, blocks.block_kv) != self.sizes:
@@ -73,11 +81,7 @@ class Pattern:
             )
         kept = np.zeros((max(int(first[-1]), 1), width), dtype=bool)
         kept[np.repeat(np.arange(indptr.size - 1), np.diff(indptr)), indices[: indptr[-1]]] = True
-        starts = torch.from_numpy(first[:-1].astype(np.int32)) if batch.requests else torch.zeros(1, dtype=torch.int32)
-        self.values = _variant(*self.sizes)(
-            block_pattern_first=starts.to(self.device), block_pattern_kept=torch.from_numpy(kept).to(self.device)
-        ).values
-        return kept, first
+        return first[: max(batch.requests, 1)].astype(np.int32), kept
 
     def after(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The program's values and those of the pattern; the same object for the same ones."""

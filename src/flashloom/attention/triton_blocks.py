@@ -5,6 +5,7 @@ hold any of it, so that no other is visited.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -21,20 +22,43 @@ LISTS = tuple(Param(f"block_pattern_{name}", "tensor", "int32", 2) for name in (
 
 
 class Pattern(blocks.Pattern):
-    """The block pattern of a plan's batches, as values of the mask's fields and of the lists on a device."""
+    """The block pattern of a plan's batches, as values of the mask's fields and of the lists on a device. A later
+    batch's are written to the same memory, as a captured run expects; only where they are too large do they get another
+    one."""
+
+    def __init__(self, batch: Batch, device: torch.device):
+        super().__init__(batch, device)
+        self._tensors: list[torch.Tensor] = []
 
     def program(self, program: Program) -> Program:
         """The program under the pattern."""
         masked = super().program(program)
         return replace(masked, params=(*masked.params, *LISTS))
 
-    def follow(self, batch: Batch, group: int, block_m: int, block_n: int) -> None:
-        """`take`, for blocks of block_m rows (query token * group + head) and tiles of block_n keys."""
-        kept, first = self.take(batch)
+    def read(self, batch: Batch, group: int, block_m: int, block_n: int) -> list[np.ndarray]:
+        """What `write` writes for a batch, for blocks of block_m rows (query token * group + head) and tiles of block_n
+        keys. Raises what `table` does."""
+        first, kept = self.table(batch)
         rows = np.diff(batch.q_indptr.numpy()) * group
         longest = int(batch.kv_lens.max()) if batch.requests else 0
-        found = lists(kept, first, rows, self.sizes, longest, group, block_m, block_n)
-        self.values = (*self.values, *(torch.from_numpy(x).to(self.device) for x in found))
+        return [first, kept, *lists(kept, first, rows, self.sizes, longest, group, block_m, block_n)]
+
+    def write(self, found: list[np.ndarray], requests: int, tokens: int, row_blocks: int) -> None:
+        """Follow the batch of these, with room for batches of so many requests, query tokens and blocks of rows."""
+        least = ((requests,), (tokens // self.sizes[0] + requests,), (row_blocks,), (row_blocks,))
+        if not self._tensors or any(n > m for x, to in zip(found, self._tensors) for n, m in zip(x.shape, to.shape)):
+            room = [to.shape for to in self._tensors] or least
+            shapes = [
+                [max(sizes) for sizes in zip_longest(x.shape, have, wanted, fillvalue=0)]
+                for x, have, wanted in zip(found, room, least)
+            ]
+            self._tensors = [
+                torch.zeros(shape, dtype=torch.from_numpy(x).dtype, device=self.device)
+                for x, shape in zip(found, shapes)
+            ]
+            self.values = (*self.fields(*self._tensors[:2]), *self._tensors[2:])
+        for x, to in zip(found, self._tensors):
+            to[tuple(slice(n) for n in x.shape)].copy_(torch.from_numpy(x))
 
 
 def lists(

@@ -186,7 +186,7 @@ class TritonExecutor:
         if self._staging is not None and self._staging.capacity:
             found.append(self._staging.buffer)
         if self._pattern is not None:
-            found += [x for x in self._pattern.values if isinstance(x, torch.Tensor)]
+            found += self._pattern.values
         return found
 
     def _address(self, x: torch.Tensor) -> Any:
@@ -202,10 +202,9 @@ class TritonExecutor:
                 "update() with lengths on the host cannot be captured, a replay would repeat them: put lengths and "
                 "tables on the GPU"
             )
+        heads, pattern, sizes = self.spec.heads, None, self._sizes
         if self._pattern is not None:
-            self._pattern.follow(batch, self.spec.heads.group, self.config.block_m, self.config.block_n)
-            self._of_variant = None
-        sizes = self._sizes
+            pattern = self._pattern.read(batch, heads.group, self.config.block_m, self.config.block_n)
         if (
             batch.requests > sizes.requests
             or (batch.tokens or 0) > sizes.tokens
@@ -218,6 +217,9 @@ class TritonExecutor:
                 )
             self._grow(batch)
             sizes = self._sizes
+        if self._pattern is not None and pattern is not None:
+            self._pattern.write(pattern, sizes.requests, sizes.tokens, sizes.blocks)
+            self._of_variant = None
         if not self._gpu:
             tensors: tuple[Any, ...] = (
                 batch.q_indptr,
