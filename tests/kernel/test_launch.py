@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import struct
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import flashloom as fl
 from flashloom import dispatch
+from flashloom.attention import triton_buffers
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.config import choose
 from flashloom.attention.triton_executor import TritonExecutor, guard
@@ -227,3 +229,21 @@ def test_the_guard_sees_sizes_strides_dtypes_and_gradients():
     for other in (x[:3], x.double(), x.transpose(0, 1), torch.zeros(4, 6, 16)[..., :8], None, 3, x.requires_grad_()):
         assert not same(other, torch.ones(4, 6, 8))
     assert guard(x, torch.ones(4, 6, 8)) is None
+
+
+def test_what_leaves_stays_until_it_is_done(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(triton_buffers, "_leaving", leaving := deque())
+
+    def event(done):
+        def query():
+            leaving.append((None, ["of a plan that goes while the others are looked at"]))
+            return done
+
+        return SimpleNamespace(query=query)
+
+    pending = event(False)
+    leaving.extend([(event(True), ["done"]), (pending, ["pending"]), (None, ["captured"])])
+    triton_buffers._sweep()
+    assert [buffers[0].split()[0] for _, buffers in leaving] == ["of", "of", "pending", "captured"]
+    assert leaving[2][0] is pending

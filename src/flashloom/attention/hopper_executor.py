@@ -180,7 +180,7 @@ class HopperExecutor(TritonExecutor):
         v0, v1, v2, _ = v.stride()
         places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         odd = places[0] | places[1] | places[2] | places[3] | 2 * (q0 | q1 | k0 | k1 | k2 | v0 | v1 | v2)
-        unfit = (odd | (o0 | o1) * out.element_size()) & 15 or not (q0 and q1 and k0 and k1 and k2 and v0 and v1 and v2)
+        unfit = (odd | (o0 | o1) * out.element_size()) & 15 or 0 in (q0, q1, k0, k1, k2, v0, v1, v2, o0, o1)
         if unfit or kv.k_scale is not None or kv.v_scale is not None or not k.numel():
             self._otherwise(q, kv, out, lse, sm_scale, partial, values)
             return
