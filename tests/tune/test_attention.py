@@ -1,7 +1,10 @@
 """Attention, tuned: what a record changes in a plan, when plans tune, and that nothing else changes."""
 
+import contextvars
 import pickle
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -24,9 +27,10 @@ from flashloom.kv_cache.views import as_kv
 from flashloom.records import Folder, Record
 from flashloom.store import store as store_module
 from flashloom.target import Target
-from flashloom.tune import tuner
+from flashloom.tune import context, tuner
 from flashloom.tune.attention import AttentionOperator, NothingToTune
 from flashloom.tune.measure import Timer
+from flashloom.tune.report import Report
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 HEADS = fl.HeadShape(4, 2, 32)
@@ -81,7 +85,7 @@ def record_of(attention, batch, **config):
 def test_tuning_on_the_cpu_and_the_plan_that_follows(attention, cache):
     batches = [decode(), paged(), fl.Batch(q_lens=[40], kv=fl.RaggedKV([40]))]
     with fl.autotune(tune=False, cache=cache) as session:
-        report = fl.tune(attention, batches, budget="60s")
+        report = fl.tune(attention, batches, budget="2h")
         assert [outcome.status for outcome in report.outcomes] == ["tuned"] * 3, report.table()
         assert report.complete
         assert {t.status for o in report.outcomes for t in o.record.tried} <= {"won", "slower"}, report.to_json()
@@ -423,6 +427,49 @@ def test_two_threads_tune_one_after_the_other(attention, cache):
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, [300, 3000])) == [["tuned"], ["tuned"]]
     assert len(list(Folder(cache).files())) == 2
+
+
+def test_threads_in_one_context_share_its_budget(attention, cache, monkeypatch):
+    """Both find that there is time left; the first takes all of it, and nothing is left for the other."""
+    both, asked = threading.Barrier(2), threading.local()
+
+    def allowed(device):
+        if not hasattr(asked, "once"):
+            asked.once = True
+            both.wait(120)
+
+    def tune(*arguments, **options):
+        assert tuner.seconds_of(arguments[2]) > 0
+        time.sleep(0.3)
+        return Report()
+
+    monkeypatch.setattr(context, "forbidden", allowed)
+    monkeypatch.setattr(context, "tune", tune)
+    with fl.autotune(cache=cache, budget=0.2) as session, ThreadPoolExecutor(2) as pool:
+        batches = decode(), decode(kv=3000)
+        plans = [pool.submit(contextvars.copy_context().run, attention.plan, batch) for batch in batches]
+        assert [plan.result().executor for plan in plans] == ["cpu", "cpu"]
+    assert session.refused == "the budget is used up"
+
+
+def test_several_threads_may_be_in_one_context(cache):
+    session, entered, left = fl.autotune(tune=False, cache=cache), threading.Event(), threading.Event()
+
+    def longer():
+        before = records.current()
+        with session:
+            entered.set()
+            left.wait(120)
+            assert records.current().writable is Folder.at(cache)
+        return records.current() is before
+
+    with ThreadPoolExecutor(1) as pool:
+        with session:
+            other = pool.submit(longer)
+            assert entered.wait(120)
+        assert records.current().writable is not Folder.at(cache)
+        left.set()
+        assert other.result()
 
 
 def test_workloads_of_other_heads_are_refused(attention):

@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from tests.tune.toy import Sum
 
 import flashloom as fl
 from flashloom.records import Folder
+from flashloom.tune import ranks as ranks_module
 from flashloom.tune.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +28,7 @@ def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "FLASHLOOM_CACHE_DIR": str(folder / "store")}
     command = [sys.executable, "-m", "tests.tune.ranks_main", str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
 
     def read(scenario):
         ranks = {
@@ -107,30 +109,45 @@ def test_a_rank_that_is_gone_keeps_nobody_waiting(seen, scenario):
     ranks = seen(scenario)
     agree(ranks)
     assert set(tuned_by(ranks)) == set(ALL)
-    assert max(said["seconds"] for said in ranks.values()) < 60
+    assert max(said["seconds"] for said in ranks.values()) < 100, "it was not patience that ended it"
     if scenario == "absent":
         assert all("ranks [3]" in said["errors"][0] for said in ranks.values())
 
 
 def test_without_the_stores_host_the_default_serves(seen):
     for said in seen("host").values():
-        assert said["seconds"] < 60
+        assert said["seconds"] < 100, "it was not patience that ended it"
         assert "store of the process group is gone" in said["errors"][0]
         assert set(said["statuses"].values()) <= {"left", "known", "tuned", "taken"}
 
 
 def test_a_store_of_ones_own(tmp_path):
     """Threads as ranks, without torch.distributed."""
-    board, reports = dist.HashStore(), {}
+    board = dist.HashStore()
 
     def work(rank):
         with fl.autotune(tune=False, cache=tmp_path / str(rank)):
-            reports[rank] = fl.tune(Sum(), [100], group=Ranks(store=board, rank=rank, size=1))
+            return fl.tune(Sum(), [100], group=Ranks(store=board, rank=rank, size=2))
 
-    thread = threading.Thread(target=work, args=(0,))
-    thread.start()
-    thread.join(60)
-    assert reports[0].outcomes[0].status == "tuned"
+    with ThreadPoolExecutor(2) as threads:
+        reports = list(threads.map(work, range(2)))
+    assert {report.outcomes[0].status for report in reports} == {"tuned", "taken"}
+    assert reports[0].digest == reports[1].digest
+    assert not [error for report in reports for error in report.errors]
+
+
+def test_a_machine_that_stood_still_is_no_silence(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(ranks_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    board = ranks_module._Board(Ranks(store=dist.HashStore(), rank=0, size=2, patience=2.0))
+    assert board.alive(1)
+    for _ in range(3):
+        now[0] += 100.0
+        assert board.alive(1)
+    for _ in range(100):
+        now[0] += 0.02
+        board.alive(1)
+    assert not board.alive(1)
 
 
 def test_a_group_needs_torch_distributed():

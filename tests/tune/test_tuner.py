@@ -278,7 +278,7 @@ def test_of_equals_the_first_wins():
 
 def test_cold_caches_are_a_policy():
     timer = Timer(torch.device("cpu"), Policy(graph=False, cold=True))
-    assert timer.sample(lambda: None, 3) < 5
+    assert 0 < timer.sample(lambda: None, 3) < 60
     assert str(timer.policy) == "eager, cold cache"
 
 

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from contextvars import Token
 from typing import Any
 
 from flashloom import records
@@ -56,7 +55,6 @@ class autotune:
         self._layers = [Folder.at(one) if isinstance(one, (str, os.PathLike)) else one for one in layers]
         self._seconds = seconds_of(budget)
         self._isolate, self._group = isolate, group
-        self._tokens: list[Token[Scope | None]] = []
         self._scopes: list[Scope] = []
         self._seen: set[Any] = set()
         self.report = Report()
@@ -68,11 +66,13 @@ class autotune:
         own = (*([writable] if writable is not None else []), *self._layers)
         scope = Scope(own, writable, scopes._current.get(), self._before_plan if self._tune else None)
         self._scopes.append(scope)
-        self._tokens.append(scopes._current.set(scope))
+        scopes._current.set(scope)
         return self
 
     def __exit__(self, *error: object) -> None:
-        scopes._current.reset(self._tokens.pop())
+        left = scopes._current.get()
+        assert left is not None
+        scopes._current.set(left.outer)  # each thread's own: several may be in one context
 
     @property
     def scope(self) -> Scope:
@@ -99,12 +99,31 @@ class autotune:
             key = operator.question(batch)
         except NothingToTune:
             return
-        if key in self._seen:
+        if self._is_settled(key, attention):
             return
+        with _tuning:
+            if self._is_settled(key, attention):  # by another thread, or it has used up the budget
+                return
+            start = time.monotonic()
+            seconds = None if self._seconds == float("inf") else self._seconds
+            done = tune(
+                attention, [batch], seconds, reserve=reserve, isolate=self._isolate, group=self._group, progress=False
+            )
+            self._seconds -= time.monotonic() - start
+            self._seen.add(key)
+            self.report.outcomes += done.outcomes
+            self.report.errors += done.errors
+            self.report.seconds += done.seconds
+        records.published()
+
+    def _is_settled(self, key: tuple[Any, ...], attention: Attention) -> bool:
+        """Whether there is nothing to tune: it is known, or may not be tuned now."""
+        if key in self._seen:
+            return True
         found = None if self._group is not None else self.scope.record(*key)  # a group is told even of what is known
         if found is not None and found.complete:
             self._seen.add(key)
-            return
+            return True
         why = forbidden(attention.device)
         if why is None and self._seconds <= 0:
             why = "the budget is used up"
@@ -112,16 +131,4 @@ class autotune:
             if self.refused is None:
                 log.warning("flashloom: shapes without a record are not tuned: %s", why)
             self.refused = why
-            return
-        with _tuning:
-            start = time.monotonic()
-            seconds = None if self._seconds == float("inf") else self._seconds
-            done = tune(
-                attention, [batch], seconds, reserve=reserve, isolate=self._isolate, group=self._group, progress=False
-            )
-            self._seconds -= time.monotonic() - start
-        self._seen.add(key)
-        self.report.outcomes += done.outcomes
-        self.report.errors += done.errors
-        self.report.seconds += done.seconds
-        records.published()
+        return why is not None

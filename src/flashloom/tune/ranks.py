@@ -30,7 +30,7 @@ __all__ = ["Ranks", "tune_together"]
 NONE = b"-"  # the answer of a rank that tuned a key and found nothing: the default serves everywhere
 _BEAT_S, _POLL_S = 0.25, 0.02
 log = logging.getLogger("flashloom")
-_counts: dict[str, int] = {}
+_counts: dict[tuple[str, int], int] = {}
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class _Board:
             raise ValueError(f"rank {self.rank} is none of the group's ranks {self.ranks}")
         self.who = who
         team = store.digest(self.ranks)[:12]
-        _counts[team] = _counts.get(team, -1) + 1
-        self._store = dist.PrefixStore(f"flashloom/{team}/{_counts[team]}", base)
+        number = _counts[team, self.rank] = _counts.get((team, self.rank), -1) + 1  # ranks may be threads
+        self._store = dist.PrefixStore(f"flashloom/{team}/{number}", base)
         self._heard: dict[int, tuple[int, float]] = {}
-        self._begun = self._moved = time.monotonic()
+        self._begun = self._looked = self._now = self._moved = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="flashloom-ranks", daemon=True)
 
@@ -120,7 +120,7 @@ class _Board:
 
     def alive(self, rank: int) -> bool:
         """Whether a rank was heard of lately."""
-        now = time.monotonic()
+        now = self.clock()
         count = int(self._do("add", f"beat/{rank}", 0))
         before, since = self._heard.get(rank, (-1, self._begun))
         if count != before:
@@ -130,6 +130,13 @@ class _Board:
             self._heard[rank] = (count, self._begun)
         limit = self.who.dead_after if count else self.who.patience
         return now - (since if count == before else self._begun) < limit
+
+    def clock(self) -> float:
+        """A clock that goes while this process does: a machine that stood still is no rank's silence."""
+        now = time.monotonic()
+        self._now += min(now - self._looked, _BEAT_S)
+        self._looked = now
+        return self._now
 
     def tables(self, name: str) -> dict[int, dict[str, Any]]:
         """What each rank put under `name/rank`; those that are gone are left out."""
@@ -243,8 +250,8 @@ def _work(
                 board.offer(name, NONE if outcome.record is None else outcome.record.to_bytes())
             else:
                 owner = board.owner(name, turns[name])
-                since = waited.setdefault((name, turns[name]), time.monotonic())
-                silent = time.monotonic() - since > board.who.dead_after if owner is None else not board.alive(owner)
+                since = waited.setdefault((name, turns[name]), board.clock())
+                silent = board.clock() - since > board.who.dead_after if owner is None else not board.alive(owner)
                 if silent:
                     log.warning("flashloom: rank %s is gone, its work on %s is taken over", owner, mine[name].shapes[0])
                     turns[name] += 1

@@ -225,7 +225,7 @@ class Children:
             if not lines.ended:
                 late = time.monotonic() >= deadline
                 return done, None if late else f"no result within {CHILD_S:.0f} s"
-            return done, _ending(child.wait(10))
+            return done, _ending(child.wait(CHILD_S))
         finally:
             child.kill()
             child.wait()
