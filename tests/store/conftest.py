@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 
 from flashloom import settings
+from flashloom.settings import Settings
 from flashloom.store import store as store_module
 from flashloom.store.folder import Folder
+
+#: A machine that stands still for a while must not look like a builder that is gone, or a store that does not answer.
+PATIENT = {"wait": 600.0, "store_timeout": 600.0}
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +24,7 @@ def fresh(tmp_path, monkeypatch):
     """Every test starts as a new process would, with its own folders for the store and for temporary files."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(settings, "_current", settings.Settings(cache_dir=tmp_path / "store", wait=5.0))
+    monkeypatch.setattr(settings, "_current", Settings(cache_dir=tmp_path / "store", jobs=4, **PATIENT))
     monkeypatch.setattr(store_module, "_state", store_module._State())
 
 

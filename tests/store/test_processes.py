@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,9 +18,9 @@ from flashloom.store import store as store_module
 from flashloom.store.entry import Key
 
 FIELDS = {"kind": "test", "target": "x86"}
-ENDLESS = 120.0
+ENDLESS = 1000.0
 """Seconds that builders take whom nobody is to wait for."""
-SOON = 40.0
+SOON = 100.0
 """Seconds that no wait of these tests comes near, also where other processes keep the machine from this one."""
 
 
@@ -38,8 +39,11 @@ def await_holder(fields=FIELDS):
     path = store_module._lock_path(Key.of(fields, {}))
     until = time.monotonic() + SOON
     while time.monotonic() < until:
-        if path.exists() and isinstance(locks.take(path), locks.Busy):
+        found = locks.take(path) if path.exists() else None
+        if isinstance(found, locks.Busy) and found.holder.startswith("process "):
             return
+        if isinstance(found, locks.Lock):  # before the child
+            found.release()
         time.sleep(0.01)
     raise AssertionError("no child took the lock")
 
@@ -79,7 +83,13 @@ def test_a_killed_builder_blocks_nobody(builder, fork, finish):
 def test_a_builder_killed_while_others_wait_blocks_nobody(builder, fork, finish):
     child = fork(lambda: store.get_or_build(FIELDS, slow(builder, ENDLESS)))
     await_holder()
-    threading.Timer(1.0, os.kill, (child, signal.SIGKILL)).start()
+
+    def kill():
+        while not store.counters().waits:
+            time.sleep(0.01)
+        os.kill(child, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
     start = time.monotonic()
     store.get_or_build(FIELDS, builder())
     assert time.monotonic() - start < SOON
@@ -102,18 +112,21 @@ def test_a_stopped_builder_is_named_and_waited_for_within_bounds(builder, fork, 
     assert time.monotonic() - start < SOON
 
 
-def test_all_places_held_by_stopped_processes(builder, fork):
+def test_all_places_held_by_stopped_processes(builder, fork, monkeypatch):
     settings.configure(wait=2.0, jobs=1)
     child = fork(lambda: store.get_or_build(FIELDS, slow(builder, ENDLESS)))
     await_holder()
     os.kill(child, signal.SIGSTOP)
-    seconds = []
-    for number in range(4):
-        start = time.monotonic()
+    start = time.monotonic()
+    store.get_or_build({"number": 0}, builder())
+    assert time.monotonic() - start < SOON
+
+    def refuse(seconds):
+        raise AssertionError("it is paid once, not for every kernel")
+
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=refuse))
+    for number in range(1, 4):
         store.get_or_build({"number": number}, builder())
-        seconds.append(time.monotonic() - start)
-    assert seconds[0] < SOON
-    assert min(seconds[1:]) < 1.0  # paid once, not for every kernel
 
 
 LIES = {
@@ -151,10 +164,14 @@ def test_a_forked_child_does_not_keep_its_parents_locks(tmp_path, fork):
 
 
 def test_a_child_forked_while_a_thread_builds_can_build(builder, fork, finish):
-    thread = threading.Thread(target=store.get_or_build, args=(FIELDS, slow(builder, 1.0)))
+    build, forked = builder(), threading.Event()
+    thread = threading.Thread(
+        target=store.get_or_build, args=(FIELDS, lambda folder: forked.wait(SOON) and build(folder))
+    )
     thread.start()
     await_holder()
     child = fork(lambda: store.get_or_build(FIELDS, builder()))
+    forked.set()
     thread.join()
     assert finish(child) == 0
 
@@ -198,6 +215,7 @@ def test_without_a_folder_for_locks_all_goes_on(builder, monkeypatch, tmp_path):
 
 
 def test_job_limit_respects_cgroups(tmp_path, monkeypatch):
+    settings.configure(jobs=None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     files = {
         "proc/self/cgroup": "0::/pod/app",
@@ -221,6 +239,7 @@ def test_job_limit_respects_cgroups(tmp_path, monkeypatch):
 
 
 def test_job_limit_respects_cgroups_of_version_1(tmp_path, monkeypatch):
+    settings.configure(jobs=None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     for name, text in {
         "proc/self/cgroup": "4:memory:/box\n2:cpu,cpuacct:/box",

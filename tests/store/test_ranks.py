@@ -38,7 +38,7 @@ found = [None] * dist.get_world_size()
 dist.all_gather_object(found, (keys, len(builds), seconds))
 assert all(one[0] == keys for one in found), "ranks ask for different kernels"
 assert sum(one[1] for one in found) == 8, found
-assert max(one[2] for one in found) < 60, found
+assert max(one[2] for one in found) < 300, found
 if rank == 0:
     print("ranks agree on", len(keys), "keys")
 dist.destroy_process_group()
@@ -51,11 +51,12 @@ def test_ranks_of_torchrun_build_each_kernel_once(tmp_path):
     environment = {
         **os.environ,
         "FLASHLOOM_CACHE_DIR": str(tmp_path / "ranks"),
+        "FLASHLOOM_WAIT": "900",
         "PYTHONPATH": str(Path(fl.__file__).parents[1]),
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=1200, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ranks agree on" in done.stdout

@@ -26,6 +26,7 @@ __all__ = ["Folder", "Refused"]
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _ASIDE_KEPT_S = 24 * 3600.0
 _TOUCH_S = 3600.0
+_SLICES = 20  # in which a store's time is waited for
 
 
 class Refused(OSError):
@@ -300,7 +301,7 @@ def _is_key(name: str) -> bool:
 
 def bounded(seconds: float, work: Callable[[], object]) -> object:
     """Run ``work`` in a thread of its own for at most ``seconds``. Raises TimeoutError when it takes longer, else
-    what it raised.
+    what it raised. Time in which this whole process stands still counts as a part of one slice only.
     """
     result: list[object] = []
     failure: list[BaseException] = []
@@ -313,8 +314,11 @@ def bounded(seconds: float, work: Callable[[], object]) -> object:
 
     thread = threading.Thread(target=run, name="flashloom-store", daemon=True)
     thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
+    for _ in range(_SLICES):
+        thread.join(seconds / _SLICES)
+        if not thread.is_alive():
+            break
+    else:
         raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")
     if failure:
         raise failure[0]
