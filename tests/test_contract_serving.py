@@ -244,13 +244,13 @@ def test_attention_is_thread_safe_and_a_plan_says_when_it_is_misused():
 
     def slow(*args, **kwargs):
         inside.set()
-        leave.wait(10)
+        leave.wait(120)
         return real(*args, **kwargs)
 
     plan._executor.run = slow
     thread = threading.Thread(target=plan.run, args=(q, (k, v)))
     thread.start()
-    inside.wait(10)
+    assert inside.wait(120)
     try:
         with pytest.raises(RuntimeError, match="thread"):
             plan.run(q, (k, v))

@@ -278,7 +278,7 @@ print(kernel.key.key, store.digest(kernel.files["kernel.so"]), store.digest(out.
         )
         for path in stores
     ]
-    answers = [rank.communicate(timeout=120)[0] for rank in ranks]
+    answers = [rank.communicate(timeout=900)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * 4
     assert len(set(answers)) == 1
     assert answers[0]

@@ -41,13 +41,13 @@ def test_importing_writes_nothing_and_starts_no_gpu(tmp_path):
 def test_importing_adds_little_to_importing_torch():
     code = """
 import sys, time, torch
-start = time.perf_counter()
+start = time.process_time()  # what other processes take of the machine is not its cost
 import flashloom as fl
 [getattr(fl, name) for name in fl.__all__]
 assert not {"torch._dynamo", "torch._inductor", "triton", "transformers"} & set(sys.modules)
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
-    assert min(float(run(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(4)) < 1.0  # a sixth of it on an idle machine
+    assert min(float(run(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(4)) < 1.0  # a fifth of it on an idle machine
 
 
 def test_importing_does_without_optional_packages():

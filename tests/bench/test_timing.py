@@ -2,6 +2,7 @@
 
 import pytest
 
+from flashloom.bench import timing
 from flashloom.bench.timing import Timing, geomean, interleave
 
 
@@ -14,14 +15,16 @@ def test_interleave_takes_turns():
     assert [len(t.samples) for t in timings.values()] == [4, 4]
 
 
-def test_interleave_repeats_short_calls():
-    count = [0]
+def test_interleave_repeats_short_calls(monkeypatch):
+    now, count = [0.0], [0]
 
     def call():
+        now[0] += 2.0**-20
         count[0] += 1
 
-    interleave({"short": call}, rounds=1, sample_time=1e-4, warmup=1)
-    assert count[0] > 10
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    interleave({"short": call}, rounds=1, sample_time=2.0**-14, warmup=1)
+    assert count[0] == 1 + 64
 
 
 def test_interleave_synchronizes_and_reports_rounds():

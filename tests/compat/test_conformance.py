@@ -42,7 +42,7 @@ def run(checkout, *arguments):
     source = str(Path(flashloom.__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": source}
     command = [sys.executable, "-m", "flashloom.compat.conformance", str(checkout), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
 
 
 def test_a_run_counts_and_names_everything(tmp_path):

@@ -15,7 +15,7 @@ SRC = Path(flashloom.__file__).parents[1]
 
 def run(*arguments, cwd=None, **environment):
     env = {**os.environ, "PYTHONPATH": str(SRC), **environment}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=cwd, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=cwd, timeout=900)
     return done.returncode, done.stdout, done.stderr
 
 

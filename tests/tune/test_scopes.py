@@ -104,9 +104,9 @@ def test_threads_do_not_see_each_others(a, b, question):
 
     def work(folder):
         with inside(*([folder] if folder else [])):
-            meet.wait(10)
+            meet.wait(120)
             found = {records.find(question, ONE) for _ in range(200)}
-            meet.wait(10)
+            meet.wait(120)
         return found
 
     with ThreadPoolExecutor(3) as pool:
