@@ -68,8 +68,11 @@ template <class C, class V> struct DecodeKernel {
   };
   static constexpr int64_t scratch_size(int64_t rows) { return sizeof(Scratch) + rows * (int64_t)sizeof(Row); }
 
-  // Touches the lines of the next block in the order of memory, a few at a time between the products of this one.
+  // Touches the lines of the next block, a few at a time between the products of this one: one line of each quarter of its keys
+  // and of their values in turn, in the order of memory within a quarter. The processor runs ahead in each of these eight
+  // streams; with two the same bytes take a fifth longer.
   struct Fetcher {
+    static constexpr int APART = BLOCK / 4;  // keys
     const char *k, *v;
     const int64_t *k_at, *v_at;  // in bytes
     int row, rows, line, k_lines, v_lines, quota;
@@ -81,9 +84,11 @@ template <class C, class V> struct DecodeKernel {
       row = line = 0;
     }
     FL_INLINE void some() {
-      for (int i = 0; i < quota && row < rows; i++) {
-        if (line < k_lines) prefetch(k + k_at[row] + line * 64);
-        if (line < v_lines) prefetch(v + v_at[row] + line * 64);
+      for (int i = 0; i < quota && row < min_of(rows, APART); i++) {
+        for (int j = row; j < rows; j += APART) {
+          if (line < k_lines) prefetch(k + k_at[j] + line * 64);
+          if (line < v_lines) prefetch(v + v_at[j] + line * 64);
+        }
         if (++line >= k_lines && line >= v_lines) line = 0, row++;
       }
     }
@@ -412,7 +417,7 @@ template <class C, class V> struct DecodeKernel {
     next.k_lines = (int)((next.together ? heads * a.k_head : D) * BYTES + 63) / 64;
     next.v_lines = (int)((next.together ? heads * a.v_head : DV) * BYTES + 63) / 64;
     if (next.together && calls > 1) calls *= heads;
-    next.quota = (next.rows * max_of(next.k_lines, next.v_lines) + calls - 1) / calls;
+    next.quota = (min_of(next.rows, Fetcher::APART) * max_of(next.k_lines, next.v_lines) + calls - 1) / calls;
   }
 
   void run() {
