@@ -15,7 +15,7 @@ from flashloom.attention import triton_buffers
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.config import choose
 from flashloom.attention.triton_executor import TritonExecutor, guard
-from flashloom.kernel import cuda
+from flashloom.kernel import cuda, gluon
 from flashloom.target import Target
 
 BF16, HEADS = torch.bfloat16, fl.HeadShape(8, 2, 64)
@@ -247,3 +247,33 @@ def test_what_leaves_stays_until_it_is_done(monkeypatch):
     triton_buffers._sweep()
     assert [buffers[0].split()[0] for _, buffers in leaving] == ["of", "of", "pending", "captured"]
     assert leaving[2][0] is pending
+
+
+def test_tensor_maps_are_encoded_as_the_driver_wants_them(driver):
+    """Innermost dimension first, strides in bytes without the innermost, boxes no wider than the swizzle."""
+    seen, encode_types = (
+        [],
+        [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4],
+    )
+    codes = [0, 0, 1, 2]
+
+    def encode(place, kind, rank, address, sizes, strides, box, steps, *modes):
+        longs = [list((ctypes.c_uint64 * n).from_address(at)) for at, n in ((sizes, rank), (strides, rank - 1))]
+        ints = [list((ctypes.c_uint32 * rank).from_address(at)) for at in (box, steps)]
+        seen.append((place % 64, kind, address, *longs, *ints, modes))
+        return codes.pop(0)
+
+    driver.cuTensorMapEncodeTiled = ctypes.CFUNCTYPE(ctypes.c_int, *encode_types)(encode)
+    driver.cuGetErrorString = lambda code, text: 0
+    maps = gluon.TensorMaps((16, 4, 128), BF16).of((1000, 32, 128), (128, 40960))
+    first = maps(4096)
+    assert maps(4096) is first
+    assert len(first) == 128
+    assert seen == [(0, 9, 4096, [128, 32, 1000], [81920, 256], [64, 4, 16], [1, 1, 1], (0, 3, 2, 0))]
+    gluon.TensorMaps((64, 1, 64), BF16).of((7, 1, 64), (64, 3))(8192)  # the stride of one head says nothing
+    assert seen[1][3:5] == ([64, 1, 7], [16, 128])
+    with pytest.raises(gluon.NoMap, match=r"sizes \(1000, 32, 128\), strides \(128, 40960\) elements at 0x2000"):
+        maps(8192)
+    with pytest.raises(cuda.CudaError, match="CUDA error 2") as other:
+        maps(8192)
+    assert not isinstance(other.value, gluon.NoMap)

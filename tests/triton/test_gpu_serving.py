@@ -1,6 +1,7 @@
 """On a GPU: streams, several GPUs, torch.compile, modules that come and go, and the check of device contents."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,10 +9,14 @@ from tests.triton.test_gpu import BF16, G, _decode
 
 import flashloom as fl
 from flashloom import settings, store
-from flashloom.attention import library  # noqa: F401 - defines the operators
+from flashloom.attention import (
+    function,
+    library,  # noqa: F401 - defines the operators
+)
 from flashloom.attention.reference import attention_reference
 from flashloom.kernel import cuda
 from flashloom.kernel.resident import Resident
+from flashloom.kv_cache.append import append_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -279,6 +284,8 @@ def test_dense_calls_copy_nothing_and_repeat(shape):
             assert torch.equal(fl.attention(x, k, v, variant=fl.causal), out)
             with torch.cuda.stream(torch.cuda.Stream()):
                 assert _far(fl.attention(x, k, v, variant=fl.causal), q, k, v) < 8e-3
+    executors = [plan._executor for plan in function._recent.plans.values()]
+    assert not any(getattr(one, "_other", None) for one in executors), "the driver made no tensor map of these strides"
 
 
 def test_captured_dense_calls_stay_as_they_were():
@@ -328,3 +335,40 @@ def test_an_update_refused_within_a_capture_changes_nothing():
         plan.update(other)
     assert plan.batch is not other
     assert _error(plan.run(q, (cache[0], cache[1])), q, cache, kv) < 8e-3
+
+
+def test_threads_that_have_not_used_the_gpu_before():
+    plan, q, cache, kv = _decode([700, 64], device="cpu")
+    want, x = plan.run(q, (cache[0], cache[1])), torch.randn(2, 4, 300, 128, device="cuda", dtype=BF16)
+    same = fl.attention(x, x, x, variant=fl.causal)
+    torch.cuda.synchronize()
+    for calls in (
+        lambda: plan.run(q, (cache[0], cache[1])),
+        lambda: plan.update(fl.Batch.decode(kv)) or plan.run(q, (cache[0], cache[1])),
+        lambda: fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(plan.batch).run(q, tuple(cache)),
+    ):
+        with ThreadPoolExecutor(1) as fresh:
+            assert torch.equal(fresh.submit(calls).result(), want)
+    with ThreadPoolExecutor(1) as fresh:
+        assert torch.equal(fresh.submit(lambda: fl.attention(x, x, x, variant=fl.causal)).result(), same)
+
+
+def test_append_from_several_threads():
+    caches = [fl.PagedKVCache(4, 64, 16, fl.HeadShape(8, 2, 64), BF16, "cuda") for _ in range(2)]
+    slots = torch.randperm(64 * 16, device="cuda").view(16, 64)
+    k, v = torch.randn(2, 4, 16, 64, 2, 64, device="cuda", dtype=BF16)
+    torch.cuda.synchronize()
+
+    def fill(layer):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(16):
+                fl.append(caches[0][layer], k[layer, i], v[layer, i], slots[i])
+
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(fill, layer) for layer in range(4)]:
+            done.result()
+    torch.cuda.synchronize()
+    for layer in range(4):
+        append_reference(caches[1][layer], k[layer].flatten(0, 1), v[layer].flatten(0, 1), slots.flatten())
+        assert torch.equal(caches[0][layer].k, caches[1][layer].k)
+        assert torch.equal(caches[0][layer].v, caches[1][layer].v)

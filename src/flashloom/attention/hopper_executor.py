@@ -214,7 +214,12 @@ class HopperExecutor(TritonExecutor):
         vector = 16 // out.element_size()
         flags = 2 * partial + (lse is not None)
         self._last, self._last_maps, self._lse_place = kernel, maps, 0 if lse is None else lse.data_ptr()
-        first = self._place(*places)
+        try:
+            first = self._place(*places)
+        except gluon.NoMap as error:
+            _log.warning("flashloom: %s; Triton kernels compute this instead", error)
+            self._otherwise(q, kv, out, lse, sm_scale, partial, values)
+            return
         kernel(
             self._grid,
             (

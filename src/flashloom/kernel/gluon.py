@@ -18,15 +18,20 @@ import torch
 from flashloom.kernel import cuda
 from flashloom.kernel.triton import TritonKernel
 
-__all__ = ["GluonKernel", "MapLaunch", "TensorMaps", "launcher", "tensor_map_type"]
+__all__ = ["GluonKernel", "MapLaunch", "NoMap", "TensorMaps", "launcher", "tensor_map_type"]
 
 SWIZZLE_BYTES = 128
 MAP_BYTES = 128
 # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion of the driver API
 _TYPES = {torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLE_128B, _PROMOTE_128B = 3, 2
+_INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _KEPT, _ADDRESSES = 1024, 256  # forms of tensors, and tensors of one form
+
+
+class NoMap(cuda.CudaError):
+    """The driver makes no tensor map of a tensor."""
 
 
 def tensor_map_type(box: Sequence[int], dtype: torch.dtype) -> str:
@@ -58,7 +63,8 @@ class TensorMaps:
 
     def of(self, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[int], bytes]:
         """A function that answers the map of the tensor at an address, a multiple of 16 bytes: sizes outermost first,
-        strides in elements of all dimensions but the last, which is contiguous; they must be multiples of 16 bytes."""
+        strides in elements of all dimensions but the last, which is contiguous; they must be multiples of 16 bytes.
+        It raises NoMap where the driver makes none."""
         key = (sizes, strides)
         found = self._known.get(key)
         if found is None:
@@ -78,7 +84,10 @@ class TensorMaps:
             (ctypes.c_uint64 * self._rank)(*reversed(sizes)), (ctypes.c_uint64 * (self._rank - 1))(*reversed(steps)),
             self._box, self._steps, 0, _SWIZZLE_128B, _PROMOTE_128B, 0,
         )  # fmt: skip
-        cuda._check(code, f"encoding a tensor map of sizes {sizes}, strides {strides} elements at {address:#x}")
+        what = f"encoding a tensor map of sizes {sizes}, strides {strides} elements at {address:#x}"
+        if code == _INVALID_VALUE:
+            raise NoMap(f"{what} failed: these are values that the CUDA driver does not take")
+        cuda._check(code, what)
         return ctypes.string_at(place, MAP_BYTES)
 
 
