@@ -5,7 +5,9 @@ works where
 torch cannot be imported.
 """
 
+import os
 import sys
+import threading
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -80,10 +82,15 @@ __all__ = [
 
 
 class _Package(ModuleType):
+    # Threads that import packages and their parts at the same time for the first time can meet parts of modules. The
+    # modules below use no public name while they are imported, so nobody who waits for the lock holds up its holder.
+    importing = threading.RLock()
+
     def __getattr__(self, name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module 'flashloom' has no attribute {name!r}")
-        self.__dict__[name] = getattr(import_module(_HOME[name]), name)
+        with _Package.importing:
+            self.__dict__[name] = getattr(import_module(_HOME[name]), name)
         return self.__dict__[name]
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -95,4 +102,9 @@ class _Package(ModuleType):
         return sorted({*self.__dict__, *__all__})
 
 
+def _after_fork() -> None:
+    _Package.importing = threading.RLock()  # a thread that held it is not in this process
+
+
+os.register_at_fork(after_in_child=_after_fork)
 sys.modules[__name__].__class__ = _Package
