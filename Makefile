@@ -22,11 +22,11 @@ lint: $(VENV)/dev.stamp
 
 # a machine with a GPU brings its own torch and Triton: these run with its PYTHON
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -q -m gpu
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -q -m gpu
 
 bench-gpu:
-	PYTHONPATH=src:. $(PYTHON) benchmarks/gpu_attention.py benchmarks/results/gpu_attention.json
-	PYTHONPATH=src:. $(PYTHON) benchmarks/gpu_prefill.py benchmarks/results/gpu_prefill_h100.json
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_attention.py benchmarks/results/gpu_attention.json
+	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_prefill.py benchmarks/results/gpu_prefill_h100.json
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "flashloom needs Python 3.10 or later; this is `$(PYTHON) --version`. Give another one: make PYTHON=python3.12"; exit 1; }
