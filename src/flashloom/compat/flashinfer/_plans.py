@@ -84,7 +84,8 @@ def scale_tensor(value: Any, device: torch.device) -> torch.Tensor | None:
     key = (float(value), device)
     found = _scales.get(key)
     if found is None:
-        found = _scales[key] = torch.full((1,), float(value), dtype=torch.float32, device=device)
+        # made on the host, so that it is there whichever stream uses it first
+        found = _scales[key] = torch.tensor([float(value)], dtype=torch.float32).to(device)
         if len(_scales) > SCALES_KEPT:
             _scales.popitem(last=False)
     return found

@@ -201,7 +201,7 @@ def get_alibi_slopes(n_heads: int, device: torch.device | None = None) -> torch.
 
 @functools.lru_cache(maxsize=256)
 def _range(size: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(size, dtype=torch.int32, device=device)
+    return torch.arange(size, dtype=torch.int32).to(device)  # from the host: there, whichever stream uses it first
 
 
 def capturing(device: torch.device) -> bool:
