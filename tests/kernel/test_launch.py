@@ -277,3 +277,17 @@ def test_tensor_maps_are_encoded_as_the_driver_wants_them(driver):
     with pytest.raises(cuda.CudaError, match="CUDA error 2") as other:
         maps(8192)
     assert not isinstance(other.value, gluon.NoMap)
+
+
+def test_a_plan_knows_all_memory_of_its_own_that_a_launch_reads(driver):
+    """Another stream must be done with it before somebody else gets it."""
+    plan, (q, cache, out) = _plan(variant=fl.causal & fl.sink(sinks := torch.zeros(8))), _tensors()
+    plan.run(q, (cache[0][0], cache[0][1]), out=out)
+    executor = plan._executor
+    types = [t for kind in executor._asked(asked.Form(BF16)).signature.values() for t in (
+        kind if isinstance(kind, tuple) else [kind])]  # fmt: skip
+    words = struct.unpack(f"={len(types) + 2}q", executor._last._buffer.raw[: 8 * (len(types) + 2)])
+    places = [word for word, kind in zip(words, types) if kind[0] == "*"]
+    assert len(places) == 13
+    known = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in (q, cache[0], out, sinks, *executor.buffers())]
+    assert all(not place or any(low <= place < high for low, high in known) for place in places)

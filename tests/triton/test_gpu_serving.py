@@ -250,6 +250,7 @@ def test_memory_of_a_dropped_plan_waits_for_the_streams_it_served():
     del plan
     gc.collect()
     taken = [torch.full((size // 4,), -7, dtype=torch.int32, device="cuda") for _ in range(4)]
+    taken += [torch.full((1,), -7, dtype=torch.int32, device="cuda") for _ in range(100)]
     torch.cuda.synchronize()
     assert _error(out, q, cache, kv) < 8e-3
     assert all((x == -7).all() for x in taken)

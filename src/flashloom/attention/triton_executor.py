@@ -57,6 +57,7 @@ class TritonExecutor:
         self._same: Any = None
         self._words: tuple[Any, ...] = ()
         self._flats: dict[int, tuple[tuple[Any, ...], tuple[Any, ...]]] = {}
+        self._ones: torch.Tensor | None = None  # stands for absent scales
         self._apart: Apart | None = None
         self._places: tuple[int, ...] = ()
         self._scales: tuple[Any, Any] = (None, None)
@@ -183,6 +184,8 @@ class TritonExecutor:
     def buffers(self) -> list[torch.Tensor]:
         """Device memory of its own that its launches use."""
         found = [self._buffers.memory]
+        if self._ones is not None:
+            found.append(self._ones)
         if self._staging is not None and self._staging.capacity:
             found.append(self._staging.buffer)
         if self._pattern is not None:
