@@ -31,7 +31,6 @@ G = H(4, 1, 128)
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     install(monkeypatch)
-    torch.manual_seed(torch.seed())
 
 
 class Warm(fl.Variant):

@@ -16,5 +16,5 @@ def test_kernels_on_the_emulated_machine():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
     command = [sys.executable, "-m", "pytest", *options, str(root / "tests/hopper/emulated.py")]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=1200, check=False)
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=2400, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
