@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections import OrderedDict
+from types import FunctionType, ModuleType
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers inte
 
 from tests.integrations.tiny import DECODERS, PLAIN, SMALL, build, llama, llama4, mistral  # noqa: E402
 
+from flashloom.integrations import transformers as integration  # noqa: E402
 from flashloom.integrations import transformers_masks as masks  # noqa: E402
 from flashloom.integrations import transformers_plans  # noqa: E402
 from flashloom.integrations.transformers import flashloom_attention, register  # noqa: E402
@@ -201,6 +203,25 @@ def test_mask_forms_numbers_only_when_asked():
     cut = mask[:, :, :, :3]
     assert type(cut) is torch.Tensor
     assert torch.equal(cut, HF.sdpa_mask(2, 4, 6, 2, allow_is_causal_skip=False)[..., :3])
+
+
+def test_two_threads_may_register(monkeypatch):
+    generic = ModuleType("generic")
+    exec("def is_flash_attention_requested(config=None, asked=None, version=None): return True", generic.__dict__)
+    monkeypatch.setattr(transformers.utils, "generic", generic)
+    other = threading.Thread(target=integration._claim, args=("b",))
+
+    def copy(*parts):
+        if other.ident is None:
+            other.start()
+            other.join(0.1)
+        return FunctionType(*parts)
+
+    monkeypatch.setattr(integration, "FunctionType", copy)
+    integration._claim("a")
+    other.join(60)
+    asks = generic.is_flash_attention_requested
+    assert [asks(None, name) for name in ("a", "b", "paged|b", "flash_attention_2")] == [False, False, False, True]
 
 
 def test_plans_can_come_back_while_one_is_taken(monkeypatch):

@@ -14,6 +14,7 @@ keys: no work, and zeros.
 
 from __future__ import annotations
 
+import threading
 from types import FunctionType
 
 import torch
@@ -23,6 +24,7 @@ from flashloom.integrations.transformers_masks import Mask, dense_layout, flashl
 from flashloom.integrations.transformers_paged import paged_attention
 
 NAME = "flashloom"
+_claiming = threading.Lock()
 
 
 def register(name: str = NAME) -> None:
@@ -51,11 +53,12 @@ def _claim(name: str) -> None:
     from transformers.utils import generic
 
     test = generic.is_flash_attention_requested
-    if not hasattr(generic, "_not_flash_attn"):
-        generic._asks_for_flash_attn = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__)
-        generic._not_flash_attn = set()
-        test.__code__ = _is_flash_attention_requested.__code__
-    generic._not_flash_attn.add(name)
+    with _claiming:
+        if not hasattr(generic, "_not_flash_attn"):
+            asks = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__)
+            generic._asks_for_flash_attn, generic._not_flash_attn = asks, set()
+            test.__code__ = _is_flash_attention_requested.__code__
+        generic._not_flash_attn.add(name)
 
 
 def _is_flash_attention_requested(config=None, requested_attention_implementation=None, version=None):
