@@ -117,6 +117,14 @@ def test_enable_cudagraph_keeps_buffers_in_place():
     assert "up to 2 requests, 9 query tokens, 2 pages" in larger.explain()
 
 
+def test_attention_follows_lengths_where_plans_keep_their_buffers():
+    fl.configure(enable_cudagraph=True)
+    for n in range(65, 128, 7):  # of one size class
+        x = torch.randn(n, 4, 16)
+        want = torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1)[None]] * 3)[0].transpose(0, 1)
+        torch.testing.assert_close(fl.attention(x, x, x), want, atol=2e-5, rtol=2e-5)
+
+
 def test_fp16_reduction_is_a_permission():
     assert "fp16_reduction" not in plan_for([3]).explain()
     exact = run(plan_for([3]), 3)[3]

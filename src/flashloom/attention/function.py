@@ -189,15 +189,16 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -
         return plan
     _check_lengths(q, k, v)
     key = (*_class(q, k, v), *rest)
-    names = _recent.classes.get(key, ())
-    if len(names) >= _SHARING:
-        oldest = next(x for x in plans if x in names)
-        plans[oldest].update(_batch(q, k), variant=variant)
+    names, batch = _recent.classes.get(key, ()), _batch(q, k)
+    oldest = next(x for x in plans if x in names) if len(names) >= _SHARING else None
+    if oldest is not None and plans[oldest]._reserve is None:  # where sizes are reserved, lengths may exceed them
+        plans[oldest].update(batch, variant=variant)
         plan = _recent.take(oldest)
     else:
+        if oldest is not None:
+            _recent.forget(_recent.take(oldest))
         heads = HeadShape(q.shape[1], k.shape[1], q.shape[-1], v.shape[-1])
         layer = Attention(heads, variant=variant, dtype=q.dtype, kv_dtype=k.dtype, layout="HND", device=q.device)
-        batch = _batch(q, k)
         try:
             plan = layer.plan(batch)
         except MemoryError:  # the pool is full: the plans kept here are what nobody else can drop
