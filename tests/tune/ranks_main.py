@@ -26,7 +26,7 @@ ALL = [10, 20, 40, 80, 160, 320]  # a key each
 #: Silence is measured where somebody dies; elsewhere a machine that is kept from a rank must not be taken for it.
 PATIENT = {"patience": 120.0, "dead_after": 120.0, "stuck_after": 120.0}
 BRIEF = {**PATIENT, "patience": 6.0, "dead_after": 3.0}
-LIMITS = {"killed": BRIEF, "stuck": {**BRIEF, "stuck_after": 3.0}, "absent": {**PATIENT, "patience": 6.0}}
+LIMITS = {"killed": BRIEF, "stuck": {**BRIEF, "stuck_after": 3.0}, "absent": {**PATIENT, "patience": 10.0}}
 
 
 class Meeting(Sum):
