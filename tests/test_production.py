@@ -125,6 +125,24 @@ def test_attention_follows_lengths_where_plans_keep_their_buffers():
         torch.testing.assert_close(fl.attention(x, x, x), want, atol=2e-5, rtol=2e-5)
 
 
+def test_integrations_follow_lengths_where_plans_keep_their_buffers():
+    from flashloom.compat import flashinfer
+    from flashloom.integrations.transformers_plans import Layout, Posed
+
+    fl.configure(enable_cudagraph=True)
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(torch.empty(1 << 20, dtype=torch.uint8), "NHD")
+    for n in (70, 100, 90):
+        q, k = torch.randn(n, 4, 16), torch.randn(n, 2, 16)
+        want = fl.attention(q, k, k, variant=fl.causal)
+        layout = Layout(fl.Batch([n], kv=fl.RaggedKV([n])), Posed(fl.causal))
+        plan, _ = layout.plan((4, 2, 16, 16), torch.float32, torch.float32, None, CPU, fl.causal)
+        torch.testing.assert_close(plan.run(q, (k, k)), want)
+        del layout
+        indptr = torch.tensor([0, n], dtype=torch.int32)
+        wrapper.plan(indptr, indptr, 4, 2, 16, causal=True, q_data_type=torch.float32)
+        torch.testing.assert_close(wrapper.run(q, k, k), want)
+
+
 def test_fp16_reduction_is_a_permission():
     assert "fp16_reduction" not in plan_for([3]).explain()
     exact = run(plan_for([3]), 3)[3]

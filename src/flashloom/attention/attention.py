@@ -370,6 +370,15 @@ class Plan:
         finally:
             self._busy.release()
 
+    def fits(self, batch: Batch) -> bool:
+        """Whether a batch is within the reserve (always, where there is none), as far as the host can know it."""
+        try:
+            if self._reserve is not None:
+                self._reserve.check(batch)
+        except ValueError:
+            return False
+        return True
+
     def _accept_batch(self, batch: Batch) -> None:
         if self._reserve is not None:
             self._reserve.check(batch)

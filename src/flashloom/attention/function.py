@@ -191,7 +191,7 @@ def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -
     key = (*_class(q, k, v), *rest)
     names, batch = _recent.classes.get(key, ()), _batch(q, k)
     oldest = next(x for x in plans if x in names) if len(names) >= _SHARING else None
-    if oldest is not None and plans[oldest]._reserve is None:  # where sizes are reserved, lengths may exceed them
+    if oldest is not None and plans[oldest].fits(batch):
         plans[oldest].update(batch, variant=variant)
         plan = _recent.take(oldest)
     else:

@@ -83,7 +83,7 @@ class Layout:
         plan = self._plans.get(key)
         if plan is None:
             plan = _take(key)
-            if plan is not None:
+            if plan is not None and plan.fits(self.batch):
                 plan.update(self.batch, variant=variant)
             else:
                 attention = fl.Attention(

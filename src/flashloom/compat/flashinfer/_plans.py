@@ -125,6 +125,8 @@ class Plans:
         """The plan for the batch, made or updated if it is not there yet."""
         key = (form, variant.program.digest, self._class)
         entry = self._plans.get(key)
+        if entry is not None and not self._fixed and self.batch is not None and not entry[0].fits(self.batch):
+            entry = None
         if entry is None:
             assert self.batch is not None
             if utils.capturing(self.device):
