@@ -36,7 +36,7 @@ def _plan(form: Form, chosen: fl.Variant, batch: Batch, device: torch.device, wi
     plan = plans.get(key)
     if plan is None and key in _recent.captured:
         plan = plans[key] = _recent.captured[key]
-    if plan is None:
+    if plan is None or not plan.fits(batch):
         if utils.capturing(device):
             raise RuntimeError(
                 f"there is no plan yet for {batch.requests} requests of these heads and dtypes, and none can be made "
