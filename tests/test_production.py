@@ -141,13 +141,14 @@ def test_integrations_follow_lengths_where_plans_keep_their_buffers():
         indptr = torch.tensor([0, n], dtype=torch.int32)
         wrapper.plan(indptr, indptr, 4, 2, 16, causal=True, q_data_type=torch.float32)
         torch.testing.assert_close(wrapper.run(q, k, k), want)
-        cache, starts = torch.randn(2, 9, 16, 2, 16), torch.tensor([0, n // 10, n // 10 + 1], dtype=torch.int32)
+        tokens = n // 10
+        cache, starts = torch.randn(2, 9, 16, 2, 16), torch.tensor([0, 6, tokens], dtype=torch.int32)
         found = flashinfer.decode.trtllm_batch_decode_with_kv_cache(
-            q[: n // 10 + 1], (cache[0], cache[1]), None, torch.arange(8, dtype=torch.int32).view(2, 4),
+            q[:tokens], (cache[0], cache[1]), None, torch.arange(8, dtype=torch.int32).view(2, 4),
             torch.tensor([60, 50]), 64, bmm1_scale=0.25, kv_layout="NHD", max_q_len=16, cum_seq_lens_q=starts,
         )  # fmt: skip
         rows = cache[:, 4:8].flatten(1, 2)[:, :50]
-        torch.testing.assert_close(found[-1:], fl.attention(q[n // 10 : n // 10 + 1], *rows, variant=fl.causal))
+        torch.testing.assert_close(found[-1:], fl.attention(q[tokens - 1 : tokens], *rows, variant=fl.causal))
 
 
 def test_fp16_reduction_is_a_permission():
