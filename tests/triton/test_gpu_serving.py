@@ -373,3 +373,18 @@ def test_append_from_several_threads():
         append_reference(caches[1][layer], k[layer].flatten(0, 1), v[layer].flatten(0, 1), slots.flatten())
         assert torch.equal(caches[0][layer].k, caches[1][layer].k)
         assert torch.equal(caches[0][layer].v, caches[1][layer].v)
+
+
+def test_merging_is_captured():
+    sinks = fl.sink(torch.randn(32, device="cuda"))
+    outs = torch.randn(2, 40, 32, 128, device="cuda", dtype=BF16)
+    lses = torch.randn(2, 40, 32, device="cuda")
+    want = fl.merge(outs[0], lses[0], outs[1], lses[1], variant=sinks)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = fl.merge(outs[0], lses[0], outs[1], lses[1], variant=sinks)
+    for x in got:
+        x.fill_(float("nan"))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

@@ -1,4 +1,5 @@
-"""Joining partial attention states: two results over different keys become the result over all of them."""
+"""Joining partial attention states: two results over different keys become the result over all of them. Nothing is
+copied from the host, so that CUDA graphs can capture it."""
 
 from __future__ import annotations
 
@@ -50,18 +51,18 @@ def merge(
         assert lse_a is not None
         assert lse_b is not None
         top = torch.maximum(lse_a, lse_b).to(dtype)
-        safe = torch.where(top == -torch.inf, 0, top)
+        safe = top.masked_fill(top == -torch.inf, 0)
         weight_a, weight_b = torch.exp(lse_a.to(dtype) - safe), torch.exp(lse_b.to(dtype) - safe)
         total = weight_a + weight_b
         # a part without keys has weight 0: its rows must not count, whatever they hold
-        out = torch.where(weight_a.unsqueeze(-1) == 0, 0, a * (weight_a / total).unsqueeze(-1))
-        out = out + torch.where(weight_b.unsqueeze(-1) == 0, 0, b * (weight_b / total).unsqueeze(-1))
+        out = (a * (weight_a / total).unsqueeze(-1)).masked_fill(weight_a.unsqueeze(-1) == 0, 0)
+        out = out + (b * (weight_b / total).unsqueeze(-1)).masked_fill(weight_b.unsqueeze(-1) == 0, 0)
         lse = safe + torch.log(total)
     if program is not None and program.output is not None:
         assert variant is not None
         out = _transform(variant, out, lse)
     if lse is not None:
-        out = torch.where((lse == -torch.inf).unsqueeze(-1), 0, out)
+        out = out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
         lse = lse.to(torch.float32)
     return out.to(out_a.dtype), lse
 
@@ -72,7 +73,7 @@ def _transform(variant: Variant, out: torch.Tensor, lse: torch.Tensor | None) ->
         "out": out,
         "q_head": heads,
         "dim": torch.arange(out.shape[-1], dtype=torch.int32, device=out.device),
-        "head_dim": torch.tensor(out.shape[-1], dtype=torch.int32, device=out.device),
+        "head_dim": torch.full((), out.shape[-1], dtype=torch.int32, device=out.device),
     }
     if lse is not None:
         inputs["lse"] = lse.unsqueeze(-1)
@@ -113,8 +114,8 @@ def merge_many(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, to
     [tokens, q_heads, value_dim] in outs' dtype and lse [tokens, q_heads]; 0 and -inf where every part is -inf."""
     _check_parts(outs, lses, 4, "[tokens, parts, q_heads, value_dim]")
     lse = torch.logsumexp(lses.to(torch.float32), 1) if lses.shape[1] else lses.new_full(_without(lses, 1), -torch.inf)
-    weight = torch.exp(lses - torch.where(lse == -torch.inf, 0, lse).unsqueeze(1))
-    kept = torch.where(weight.unsqueeze(-1) == 0, 0, outs.to(torch.float32))
+    weight = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(1))
+    kept = outs.to(torch.float32).masked_fill(weight.unsqueeze(-1) == 0, 0)
     return torch.einsum("tph,tphd->thd", weight, kept).to(outs.dtype), lse
 
 
@@ -131,11 +132,11 @@ def merge_ragged(outs: torch.Tensor, lses: torch.Tensor, indptr: torch.Tensor) -
     lses = lses.to(torch.float32)
     top = lses.new_full((tokens, heads), -torch.inf)
     top = top.scatter_reduce(0, token.unsqueeze(1).expand(rows, heads), lses, "amax")
-    safe = torch.where(top == -torch.inf, 0, top)
+    safe = top.masked_fill(top == -torch.inf, 0)
     weight = torch.exp(lses - safe[token])
     total = lses.new_zeros((tokens, heads)).index_add_(0, token, weight)
-    share = weight / torch.where(total == 0, 1, total)[token]
-    part = torch.where(share.unsqueeze(-1) == 0, 0, outs.to(torch.float32)).mul_(share.unsqueeze(-1))
+    share = weight / total.masked_fill(total == 0, 1)[token]
+    part = outs.to(torch.float32).masked_fill(share.unsqueeze(-1) == 0, 0).mul_(share.unsqueeze(-1))
     out = part.new_zeros((tokens, heads, width)).index_add_(0, token, part)
     return out.to(outs.dtype), safe + torch.log(total)
 

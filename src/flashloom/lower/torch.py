@@ -59,11 +59,11 @@ def evaluate(
         args = [done[a] for a in node.args]
         dtype = dtypes[node.dtype]
         if node.op == "const":
-            result = torch.tensor(node.attr, dtype=dtype, device=device)
+            result = torch.full((), node.attr, dtype=dtype, device=device)  # unlike tensor(): no copy from the host
         elif node.op == "input":
             result = inputs[str(node.attr)]
         elif node.op == "param":
-            result = torch.tensor(by_param[node.attr], dtype=dtype, device=device)
+            result = torch.full((), by_param[node.attr], dtype=dtype, device=device)
         elif node.op == "load":
             result = _load(node, by_param[node.attr].to(device), args)
         elif node.op == "element":
