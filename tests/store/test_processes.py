@@ -153,6 +153,17 @@ def test_locks_that_lie_cost_no_correctness(lie, builder, monkeypatch):
     assert store.counters().builds == 3
 
 
+def test_a_holder_may_sign_late(tmp_path, monkeypatch):
+    """The machine stood still between its lock and its name."""
+    path = tmp_path / "lock"
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.utime(path, (time.time() - 5.0,) * 2)
+        assert locks.take(path) is locks.Taken.NOT_AVAILABLE
+        monkeypatch.setattr(locks.time, "sleep", lambda seconds: path.write_text("process 7"))
+        assert locks.take(path).holder == "process 7"
+
+
 def test_a_forked_child_does_not_keep_its_parents_locks(tmp_path, fork):
     path = tmp_path / "lock"
     lock = locks.take(path)

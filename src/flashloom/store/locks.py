@@ -2,7 +2,7 @@
 
 They are flocks on small files in a folder of this host and user, so that no network file system is involved; the
 kernel drops
-them with their holder. A file holds who took it, for those who wait. ``take`` never blocks.
+them with their holder. A file holds who took it, for those who wait. ``take`` waits for nobody.
 """
 
 from __future__ import annotations
@@ -97,9 +97,10 @@ def take(path: Path | None) -> Lock | Busy | Taken:
 
 
 def _busy(descriptor: int) -> Busy | Taken:
-    status = os.fstat(descriptor)
-    age = max(0.0, time.time() - status.st_mtime)
-    holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-    if not holder and age > 1.0:  # a real holder signs at once; nobody did, so the lock lies
-        return Taken.NOT_AVAILABLE
-    return Busy(holder or "another process", age)
+    for patience in (0.05, 0.0):
+        age = max(0.0, time.time() - os.fstat(descriptor).st_mtime)
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace")
+        if holder or age <= 1.0:
+            return Busy(holder or "another process", age)
+        time.sleep(patience)  # the machine may have stood still just before the holder signed
+    return Taken.NOT_AVAILABLE  # a real holder signs at once; nobody did, so the lock lies
