@@ -388,3 +388,44 @@ def test_merging_is_captured():
         x.fill_(float("nan"))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_whole_step_waits_for_nothing_and_is_captured():
+    """Batch, slots, append, update and run of a decode step whose lengths only the device knows."""
+    lens = torch.tensor([700, 64, 1], dtype=torch.int32, device="cuda")
+    table = torch.randperm(3 * 50, device="cuda").view(3, 50).int()
+    cache = fl.PagedKVCache(1, 150, 16, G, BF16, "cuda")
+    for x in (cache[0].k, cache[0].v):
+        x.normal_()
+    q, k, v = (torch.randn(3, h, 128, device="cuda", dtype=BF16) for h in (32, 8, 8))
+    out = torch.empty_like(q)
+    plan = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda").plan(
+        fl.Batch.decode(fl.PageTable.from_block_table(table, lens, page_size=16))
+    )
+
+    def step():
+        batch = fl.Batch.decode(fl.PageTable.from_block_table(table, lens, page_size=16))
+        fl.append(cache[0], k, v, batch.slots())
+        plan.update(batch)
+        plan.run(q, cache[0], out=out)
+        return batch
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch = step()
+    for new in ([700, 64, 1], [3, 799, 100]):
+        lens.copy_(torch.tensor(new))
+        k.normal_()
+        graph.replay()
+        want, _ = attention_reference(q, cache[0].k, cache[0].v, batch.to_host(), fl.causal)
+        assert float((out.double() - want).norm() / want.norm()) < 8e-3
+        for b, n in enumerate(new):
+            assert torch.equal(cache[0].k[table[b, (n - 1) // 16], (n - 1) % 16], k[b])

@@ -248,7 +248,7 @@ class Batch:
         if self.requests == 0:
             return torch.full((self.tokens,), -1, dtype=torch.int64, device=self.device)
         slots = self.kv.slots_on_device(request, token.to(torch.int64) + first[request])
-        return torch.where(token < self.q_indptr[-1], slots, -1)
+        return slots.masked_fill(token >= self.q_indptr[-1], -1)
 
     def to_host(self) -> Batch:
         """The same batch with its contents on the host, checked there. Waits for the device."""

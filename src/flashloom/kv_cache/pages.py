@@ -104,7 +104,7 @@ class KVLayout:
             entry = (self.page_indptr[request] + kept // self.page_size).clamp(max=max(self.pages.numel() - 1, 0))
             page = self.pages[entry] if self.pages.numel() else entry
             slot = page.to(torch.int64) * self.page_size + kept % self.page_size
-        return torch.where(position < 0, -1, slot)
+        return slot.masked_fill(position < 0, -1)  # torch.where would copy its number from the host, and wait
 
 
 class PageTable(KVLayout):

@@ -16,7 +16,7 @@ def _divide_or_zero(function: Callable) -> Callable:
     def apply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if a.is_floating_point():
             return function(a, b)
-        return torch.where(b == 0, 0, function(a, torch.where(b == 0, 1, b))).to(a.dtype)
+        return function(a, b.masked_fill(b == 0, 1)).masked_fill(b == 0, 0).to(a.dtype)
 
     return apply
 

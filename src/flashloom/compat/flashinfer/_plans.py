@@ -163,7 +163,7 @@ def kv_lengths(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int
     """Tokens of each request; a request without pages has none, whatever its last page says."""
     pages = indptr[1:] - indptr[:-1]
     lens = (pages - 1) * page_size + last_page_len.to(indptr.dtype)
-    return torch.where(pages > 0, lens, 0).to(torch.int32)
+    return lens.masked_fill(pages <= 0, 0).to(torch.int32)
 
 
 def int32(x: torch.Tensor, device: torch.device, non_blocking: bool = True) -> torch.Tensor:

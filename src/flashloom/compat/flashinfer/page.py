@@ -36,7 +36,7 @@ def append_paged_kv_cache(
     if pages.numel() == 0:
         return
     page = pages[entry.clamp(0, pages.numel() - 1)].to(torch.int64)
-    slots = torch.where(requests < 0, -1, page * page_size + places % page_size)
+    slots = (page * page_size + places % page_size).masked_fill(requests < 0, -1)
     append(kv, append_key, append_value, slots)
 
 
@@ -55,13 +55,13 @@ def get_batch_indices_positions(
             utils.check_shape_dtype_device(x, (nnz,), torch.int32, device, name)
     token = torch.arange(nnz, dtype=append_indptr.dtype, device=device)
     request = torch.searchsorted(append_indptr, token, right=True, out_int32=True) - 1
-    inside = token < append_indptr[-1]
+    beyond = token >= append_indptr[-1]
     known = request.clamp(max=max(seq_lens.numel() - 1, 0)) if seq_lens.numel() else torch.zeros_like(request)
     if seq_lens.numel():
         place = seq_lens.to(device)[known] - append_indptr[1:][known] + token
     else:
         place = torch.zeros_like(token)
-    found = torch.where(inside, request, -1).to(torch.int32), torch.where(inside, place, 0).to(torch.int32)
+    found = request.masked_fill(beyond, -1).to(torch.int32), place.masked_fill(beyond, 0).to(torch.int32)
     if batch_indices is not None:
         batch_indices.copy_(found[0])
     if positions is not None:
