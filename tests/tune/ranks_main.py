@@ -4,7 +4,6 @@ JSON to FOLDER/scenario/rank."""
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -60,10 +59,22 @@ class Dying(Sum):
         return super().check(n, inputs)
 
 
-def rank_main(scenario, rank, port, folder):
+def meet(rank, place):
+    """The store of all ranks, which the first one holds, at a port that was free when it took it."""
+    if rank == 0:
+        board = dist.TCPStore("127.0.0.1", 0, WORLD, True, wait_for_workers=False)
+        place.with_suffix(".part").write_text(str(board.port))
+        place.with_suffix(".part").rename(place)
+        return board
+    while not place.exists():
+        time.sleep(0.02)
+    return dist.TCPStore("127.0.0.1", int(place.read_text()), WORLD, False, wait_for_workers=False)
+
+
+def rank_main(scenario, rank, folder):
     torch.set_num_threads(1)
     tuner.Timer = CostTimer
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", store=meet(rank, folder / "port"), rank=rank, world_size=WORLD)
     who = Ranks(**LIMITS.get(scenario, PATIENT))
     own = folder / f"cache{rank}"
     log = str(folder / f"log{rank}")
@@ -118,15 +129,12 @@ SCENARIOS = ("cold", "mixed", "shapes", "shared", "killed", "stuck", "absent", "
 
 def run(scenario, folder):
     folder.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     children = {}
     for rank in range(WORLD):
         pid = os.fork()
         if pid == 0:
             try:
-                rank_main(scenario, rank, port, folder)
+                rank_main(scenario, rank, folder)
             except BaseException:
                 traceback.print_exc()
             finally:
