@@ -291,3 +291,20 @@ def test_a_plan_knows_all_memory_of_its_own_that_a_launch_reads(driver):
     assert len(places) == 13
     known = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in (q, cache[0], out, sinks, *executor.buffers())]
     assert all(not place or any(low <= place < high for low, high in known) for place in places)
+
+
+def test_a_captured_plan_keeps_its_buffers(driver):
+    plan, (q, cache, out) = _plan(), _tensors(6)
+    memory, batch = plan._executor._buffers.memory, plan.batch
+    plan._captured = True
+    smaller, larger = (fl.PageTable.from_block_table(torch.zeros(n, 4).int(), [64] * n, page_size=16) for n in (2, 6))
+    plan.update(fl.Batch.decode(smaller))
+    with pytest.raises(ValueError, match="CUDA graph in which the plan was captured would go on with the former"):
+        plan.update(fl.Batch.decode(larger))
+    assert plan.batch.requests == 2
+    assert plan._executor._buffers.memory is memory
+    plan.update(batch)
+    plan.run(q[:3], (cache[0][0], cache[0][1]), out=out[:3])
+    plan._captured = False
+    plan.update(fl.Batch.decode(larger))
+    assert plan._executor._buffers.memory is not memory

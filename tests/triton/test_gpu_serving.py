@@ -429,3 +429,24 @@ def test_a_whole_step_waits_for_nothing_and_is_captured():
         assert float((out.double() - want).norm() / want.norm()) < 8e-3
         for b, n in enumerate(new):
             assert torch.equal(cache[0].k[table[b, (n - 1) // 16], (n - 1) % 16], k[b])
+
+
+def test_a_captured_plan_refuses_a_batch_that_would_move_its_buffers():
+    plan, q, cache, _ = _decode([700, 64], device="cpu")
+    out = torch.empty_like(q)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        plan.run(q, (cache[0], cache[1]), out=out)
+    want = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        plan.run(q, (cache[0], cache[1]), out=out)
+    more = fl.PageTable.from_block_table(torch.zeros(40, 4).int(), [64] * 40, page_size=16)
+    with pytest.raises(ValueError, match="plan with a Reserve for the largest batch"):
+        plan.update(fl.Batch.decode(more))
+    out.zero_()
+    torch.cuda.synchronize()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, want)

@@ -120,6 +120,7 @@ class Plan:
         self._softmax = self._program.softmax
         self._cuda_index = self._device.index if self._device.type == "cuda" else None
         self._stream: int | None = None
+        self._captured = False  # a CUDA graph may hold the addresses of its buffers
         self._busy = threading.Lock()
         # the arguments that run() accepted last; it diagnoses only what differs from them
         self._q_shape: torch.Size | None = None
@@ -321,6 +322,8 @@ class Plan:
     def _check_stream(self) -> None:
         """One stream at a time: another one waits for the work on the former (unless that is being captured)."""
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        if stream and not self._captured:
+            self._captured = torch.cuda.is_current_stream_capturing()
         if stream != self._stream:
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
                 former = stream_of(self._stream, self._device)
@@ -337,7 +340,8 @@ class Plan:
         """Follow a batch with other lengths, tables and number of requests, within the reserve; compiles nothing, and
         no address changes. Kind of KV, page size (of pages; not the tokens of DenseKV) and device stay those of the
         planned batch; exceeding the reserve is a ValueError. variant: another instance of the planned variant, from now
-        on in place of the former one (masks and per-request values of the new batch)."""
+        on in place of the former one (masks and per-request values of the new batch). Where nothing was reserved a
+        larger batch moves the buffers, which is a ValueError for a plan that was captured in a CUDA graph."""
         if not self._busy.acquire(False):
             raise RuntimeError(
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
@@ -362,6 +366,7 @@ class Plan:
             if self._cuda_index is not None:
                 self._check_stream()
             try:
+                self._executor.captured = self._captured
                 self._executor.update(batch)
             except (MemoryError, ValueError):  # an executor that refuses a batch still has the one before
                 self._variant, self._values = former

@@ -56,6 +56,8 @@ class Executor(Protocol):
     """Set before plan(); asked once where a config is picked. Its configs are valid for the batch."""
     config: Any
     """The config in force, after plan()."""
+    captured: bool
+    """Set before update(): a CUDA graph may hold the addresses of its buffers."""
 
     def __init__(self, spec: AttentionSpec, device: torch.device): ...
 

@@ -156,6 +156,7 @@ class HopperExecutor(TritonExecutor):
         super().update(batch)
         self._batch = batch
         if self._other is not None:
+            self._other.captured = self.captured
             self._other.update(batch)
 
     # --- running ---

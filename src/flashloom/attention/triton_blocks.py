@@ -43,10 +43,14 @@ class Pattern(blocks.Pattern):
         longest = int(batch.kv_lens.max()) if batch.requests else 0
         return [first, kept, *lists(kept, first, rows, self.sizes, longest, group, block_m, block_n)]
 
+    def holds(self, found: list[np.ndarray]) -> bool:
+        """Whether `write` keeps the memory, or begins."""
+        return all(n <= m for x, to in zip(found, self._tensors) for n, m in zip(x.shape, to.shape))
+
     def write(self, found: list[np.ndarray], requests: int, tokens: int, row_blocks: int) -> None:
         """Follow the batch of these, with room for batches of so many requests, query tokens and blocks of rows."""
         least = ((requests,), (tokens // self.sizes[0] + requests,), (row_blocks,), (row_blocks,))
-        if not self._tensors or any(n > m for x, to in zip(found, self._tensors) for n, m in zip(x.shape, to.shape)):
+        if not self._tensors or not self.holds(found):
             room = [to.shape for to in self._tensors] or least
             shapes = [
                 [max(sizes) for sizes in zip_longest(x.shape, have, wanted, fillvalue=0)]

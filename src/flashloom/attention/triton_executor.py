@@ -39,6 +39,7 @@ class TritonExecutor:
 
     name = "triton"
     tuned: Tuned = staticmethod(untuned)
+    captured = False
 
     def __init__(self, spec: AttentionSpec, device: torch.device):
         self.spec, self.device = spec, device
@@ -213,14 +214,12 @@ class TritonExecutor:
             or (batch.tokens or 0) > sizes.tokens
             or (self._paged and self._too_many_pages(batch))
         ):
-            if self._gpu and torch.cuda.is_current_stream_capturing():
-                raise ValueError(
-                    "a captured update() cannot make the plan's buffers larger: plan with a Reserve for the largest "
-                    "batch"
-                )
+            self._check_moving()
             self._grow(batch)
             sizes = self._sizes
         if self._pattern is not None and pattern is not None:
+            if not self._pattern.holds(pattern):
+                self._check_moving()
             self._pattern.write(pattern, sizes.requests, sizes.tokens, sizes.blocks)
             self._of_variant = None
         if not self._gpu:
@@ -251,6 +250,14 @@ class TritonExecutor:
                 batch.page_size, self._programs, 1, self._fixed, self._merge_ratio, item_programs,
             ),
         )  # fmt: skip
+
+    def _check_moving(self) -> None:
+        """Raise ValueError where larger buffers would be unknown to a CUDA graph."""
+        if self._gpu and (self.captured or torch.cuda.is_current_stream_capturing()):
+            raise ValueError(
+                "this batch needs larger buffers, and a CUDA graph in which the plan was captured would go on with the "
+                "former ones: plan with a Reserve for the largest batch"
+            )
 
     def _too_many_pages(self, batch: Batch) -> bool:
         """Whether a batch's table outgrows what is not reserved."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import flashloom as fl
-from flashloom.attention import Batch, Plan
+from flashloom.attention import Batch, Plan, Reserve
 from flashloom.compat.flashinfer import utils
 from flashloom.compat.flashinfer._plans import Form, attention, base_two, scale_tensor
 from flashloom.compat.flashinfer._variants import Instances, Rules, variant
@@ -42,7 +42,8 @@ def _plan(form: Form, chosen: fl.Variant, batch: Batch, device: torch.device, wi
                 f"there is no plan yet for {batch.requests} requests of these heads and dtypes, and none can be made "
                 "while a CUDA graph is captured: call it once with such tensors before"
             )
-        plan = plans[key] = attention(form, chosen, device).plan(batch)
+        reserve = Reserve(tokens=max(batch.requests * batch.max_q_len, batch.tokens or 0))
+        plan = plans[key] = attention(form, chosen, device).plan(batch, reserve=reserve)
         if len(plans) > PLANS_KEPT:
             plans.popitem(last=False)
     else:
