@@ -84,12 +84,12 @@ __all__ = [
 class _Package(ModuleType):
     # Threads that import packages and their parts at the same time for the first time can meet parts of modules. The
     # modules below use no public name while they are imported, so nobody who waits for the lock holds up its holder.
-    importing = threading.RLock()
+    _importing = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
         if name not in _HOME:
             raise AttributeError(f"module 'flashloom' has no attribute {name!r}")
-        with _Package.importing:
+        with _Package._importing:
             self.__dict__[name] = getattr(import_module(_HOME[name]), name)
         return self.__dict__[name]
 
@@ -103,7 +103,7 @@ class _Package(ModuleType):
 
 
 def _after_fork() -> None:
-    _Package.importing = threading.RLock()  # a thread that held it is not in this process
+    _Package._importing = threading.RLock()  # a thread that held it is not in this process
 
 
 os.register_at_fork(after_in_child=_after_fork)
