@@ -89,8 +89,8 @@ def attention(
 
     Returns out in q's form, dtype and memory order of heads and tokens, or (out, lse) with return_lse: float32, natural
     logarithm, [tokens, q_heads] or [batch, q_heads, tokens]. Queries are the last tokens of their request (query i sits
-    at kv_tokens - tokens + i). Plans are kept for recent classes of shapes. Raises TypeError, ValueError or
-    RuntimeError for what does not fit."""
+    at kv_tokens - tokens + i). Plans are kept for recent classes of shapes. A CUDA graph captures calls on tensors of
+    shapes that were called with before. Raises TypeError, ValueError or RuntimeError for what does not fit."""
     if torch.compiler.is_compiling():
         from flashloom.attention import library
 
