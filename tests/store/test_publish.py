@@ -104,6 +104,23 @@ def test_writers_with_different_payloads_never_mix(folder, fork, finish, tmp_pat
     assert len(seen) > 1
 
 
+@pytest.mark.parametrize("when", ["chmod", "rename"])
+def test_an_eviction_that_removes_the_empty_request_folder_stops_no_publisher(when, folder, monkeypatch):
+    """It may do so as soon as the folder is made, even before that has its permissions."""
+    owner = folder_module.Path if when == "chmod" else os
+    real, left = getattr(owner, when), [folder.path(entry_of(b"1").key).parent]
+
+    def late(path, *rest):
+        if left and left[0] in (path, *(one.parent for one in rest if when == "rename")):
+            left.pop().rmdir()
+        return real(path, *rest)
+
+    monkeypatch.setattr(owner, when, late)
+    assert folder.publish(entry_of(b"1"))
+    assert not left
+    assert folder.read(entry_of(b"1").key) is not None
+
+
 def test_the_first_of_two_publishers_wins(folder):
     assert folder.publish(entry_of(b"1"))
     assert not folder.publish(entry_of(b"2"))

@@ -245,9 +245,9 @@ class Folder:
         for _ in range(10):
             step("request folder")
             _mkdir(self.entries, mode)
-            _mkdir(final.parent, mode)
-            step("rename")
             try:
+                _mkdir(final.parent, mode)
+                step("rename")
                 os.rename(aside, final)
             except FileNotFoundError:  # an eviction removed the empty request folder in between
                 continue
