@@ -224,6 +224,20 @@ def test_two_threads_may_register(monkeypatch):
     assert [asks(None, name) for name in ("a", "b", "paged|b", "flash_attention_2")] == [False, False, False, True]
 
 
+def test_masks_that_keep_everything_share_a_layout():
+    """An encoder's full batches are planned once; padding and rules of position have layouts of their own."""
+    every, some = torch.ones(2, 5, dtype=torch.bool), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+
+    def layout(function, keep, keys=5):
+        return masks.flashloom_mask(2, 5, keys, mask_function=function, attention_mask=keep).posed(keys)
+
+    whole = layout(HF.bidirectional_mask_function, None)
+    assert layout(HF.bidirectional_mask_function, every) is whole
+    assert layout(HF.bidirectional_mask_function, None, keys=7) is not whole
+    assert layout(HF.bidirectional_mask_function, some) is not layout(HF.bidirectional_mask_function, some)
+    assert layout(HF.causal_mask_function, None) is not layout(HF.causal_mask_function, None)
+
+
 def test_plans_can_come_back_while_one_is_taken(monkeypatch):
     """Garbage collection ends layouts at any point, also within `_take`."""
     monkeypatch.setattr(transformers_plans, "_spare", OrderedDict())

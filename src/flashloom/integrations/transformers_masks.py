@@ -195,7 +195,10 @@ class Rules:
     device: torch.device
 
     def layout(self) -> Layout:
-        """The batch and the variant that mean the same as this mask."""
+        """The batch and the variant that mean the same as this mask; the same object for every mask that keeps
+        everything, of one size."""
+        if self.keep is None and not self.pattern.positional:
+            return _whole_layout(self.requests, self.q_length, self.kv_length, False, None)
         pattern, frontier = self.pattern, self.first_row + self.q_length
         # Keys past the newest query are not written yet (static caches). Without a rule of position all keys count.
         end = min(frontier, self.kv_length) if pattern.causal else self.kv_length
@@ -313,7 +316,11 @@ def unmasked_layout(query: Tensor, key: Tensor, causal: bool, window: int | None
     causal = causal and q_length > 1
     if causal and keys < q_length:
         raise ValueError(f"causal attention of {q_length} queries over {keys} keys needs a mask: pass attention_mask")
-    window = window if causal else None
+    return _whole_layout(batch, q_length, keys, causal, window if causal else None)
+
+
+def _whole_layout(batch: int, q_length: int, keys: int, causal: bool, window: int | None) -> Layout:
+    """Sequences without padding, kept from one forward pass to the next with its plans."""
 
     def make() -> Layout:
         variant: fl.Variant = fl.causal if causal else fl.full
