@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 
 import pytest
 import torch
 
 import flashloom.variant as v
+from flashloom.variant import expr
 from flashloom.variant.expr import const, make, topological
 
 
@@ -232,3 +235,24 @@ def test_illegal_element_indices(index, words) -> None:
     cls = type("Bad", (v.Variant,), {"query_transform": lambda self, q, at: q[index(at)]})
     with pytest.raises(ValueError, match=words):
         cls().program.specialise(8, 8)
+
+
+def test_threads_that_write_one_expression_get_one_object(monkeypatch) -> None:
+    """The other thread asks for it after this one has looked and before it has written."""
+    found = []
+    other = threading.Thread(target=lambda: found.append(expr._node("new", expr.FLOAT)))
+
+    class Interned(weakref.WeakValueDictionary):
+        def setdefault(self, key, default):
+            known = self.get(key)
+            if known is None and other.ident is None:
+                other.start()
+                other.join(0.1)
+            if known is None:
+                self[key] = known = default
+            return known
+
+    monkeypatch.setattr(expr, "_interned", Interned())
+    mine = expr._node("new", expr.FLOAT)
+    other.join(60)
+    assert found[0] is mine

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
+import os
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -71,6 +73,7 @@ class Expr:
 
 
 _interned: weakref.WeakValueDictionary[tuple, Expr] = weakref.WeakValueDictionary()
+_interning = threading.RLock()  # setdefault of such a dictionary looks, and then writes
 
 
 def _node(op: str, dtype: str, args: tuple[Expr, ...] = (), attr: Hashable = None) -> Expr:
@@ -80,8 +83,17 @@ def _node(op: str, dtype: str, args: tuple[Expr, ...] = (), attr: Hashable = Non
     if found is None:
         found = Expr()
         found.op, found.dtype, found.args, found.attr = op, dtype, args, attr
-        found = _interned.setdefault(key, found)
+        with _interning:
+            found = _interned.setdefault(key, found)
     return found
+
+
+def _after_fork() -> None:
+    global _interning
+    _interning = threading.RLock()  # a thread that held it is not in this process
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def const(value: bool | int | float, dtype: str | None = None) -> Expr:
