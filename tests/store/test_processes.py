@@ -160,7 +160,8 @@ def test_a_holder_may_sign_late(tmp_path, monkeypatch):
         fcntl.flock(file, fcntl.LOCK_EX)
         os.utime(path, (time.time() - 5.0,) * 2)
         assert locks.take(path) is locks.Taken.NOT_AVAILABLE
-        monkeypatch.setattr(locks.time, "sleep", lambda seconds: path.write_text("process 7"))
+        sleep = lambda seconds: path.write_text("process 7")  # noqa: E731
+        monkeypatch.setattr(locks, "time", SimpleNamespace(time=time.time, sleep=sleep))
         assert locks.take(path).holder == "process 7"
 
 
