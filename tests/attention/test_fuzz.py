@@ -64,3 +64,18 @@ def test_assert_close(got, want, same):
     else:
         with pytest.raises(AssertionError, match="should be"):
             testing.assert_close(torch.tensor(got), torch.tensor(want), 1e-4)
+
+
+def test_what_float32_does_to_angles_is_no_error(monkeypatch):
+    """Rotations by positions of 2,000: results are as near as float32 lets them be, and no further."""
+    case = testing.draw_case(11001700000, 13)
+    testing.check_case(case, "reference")
+    real = ReferenceExecutor.run
+
+    def off(self, q, kv, out, lse, **more):
+        real(self, q, kv, out, lse, **more)
+        out += 5e-4
+
+    monkeypatch.setattr(ReferenceExecutor, "run", off)
+    with pytest.raises(AssertionError, match="should be"):
+        testing.check_case(case, "reference")
