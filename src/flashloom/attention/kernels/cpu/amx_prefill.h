@@ -24,9 +24,10 @@ template <class C, class V> struct AmxKernel {
   static constexpr int ROWS = 32, SUB = ROWS;  // rows of a tile, which items are multiples of
   static constexpr int STEPS = 8;              // steps whose weights are added to the output together
   static constexpr int K_STEP = DK * 2 * TILE, V_STEP = DV * 2 * TILE, Q_TILE = DK * 2 * TILE, O_TILE = DV * 4 * TILE;  // bytes
-  // Keys packed at a time (half a megabyte, a quarter of L2) and rows that share them.
+  // Keys are packed all at once up to WHOLE of them (a megabyte, half of L2), longer ones in blocks that the tiles of up to
+  // MAX_ROWS rows share.
   static constexpr int BLOCK_STEPS = max_of(STEPS, min_of(32, (512 << 10) / (K_STEP + V_STEP) / STEPS * STEPS));
-  static constexpr int BLOCK = BLOCK_STEPS * STEP;
+  static constexpr int BLOCK = BLOCK_STEPS * STEP, WHOLE = 2 * BLOCK, WHOLE_STEPS = 2 * BLOCK_STEPS;
   static constexpr int MAX_ROWS = max_of(4, (1536 << 10) / (Q_TILE + O_TILE) / 4 * 4) * ROWS;
   static constexpr float UNSET = -3e38f, LIMIT = 0x1p60f;
 
@@ -39,24 +40,45 @@ template <class C, class V> struct AmxKernel {
     char s[2][4 * TILE];                // scores of this step and the next: [32 rows / 16][32 keys][16] float
     char p[2][STEPS * 2 * TILE];        // weights of these steps and the ones before: [step][32 rows / 16][16 key pairs][16][2]
     char nowhere[4 * TILE];             // for accumulators of no meaning
-    float scale[BLOCK];                 // of each key's scores, where keys are not bfloat16
+    float scale[Pack::BF16 ? 16 : WHOLE];  // of each key's scores, where keys are not bfloat16
     alignas(64) float rows[16][DV * 32];
     typename Pack::Scratch pack;
     alignas(64) char rest[64];  // a block of the item's keys, of its values, then queries, outputs and sums of its tiles
   };
   static constexpr int64_t tiles_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
-  static constexpr int64_t steps_of(int64_t keys) { return min_of<int64_t>(BLOCK_STEPS, (keys + STEP - 1) / STEP); }
+  static constexpr int64_t block_of(int64_t keys) { return keys > WHOLE ? BLOCK : WHOLE; }
+  static constexpr int64_t steps_of(int64_t keys) { return (min_of(block_of(keys), keys) + STEP - 1) / STEP; }
   // With one block of keys a tile is done before the next but one begins, so two suffice and stay in L1.
   static constexpr int64_t held(int64_t rows, int64_t keys) {
-    return keys > BLOCK ? tiles_of(rows) : min_of<int64_t>(2, tiles_of(rows));
+    return keys > WHOLE ? tiles_of(rows) : min_of<int64_t>(2, tiles_of(rows));
   }
-  static int64_t scratch_size(int64_t rows, int64_t keys) {
-    return sizeof(Scratch) + steps_of(keys) * (K_STEP + V_STEP) + held(rows, keys) * (Q_TILE + O_TILE) +
-           tiles_of(rows) * (int64_t)sizeof(Sums);
+  static constexpr int64_t SUMS = 4;  // ... and as many of the sums
+  // Rows of an item, so that tiles and a block of keys take no more than all the keys would.
+  static int64_t most_rows(int64_t keys) {
+    if (keys <= WHOLE) return MAX_ROWS;
+    return min_of<int64_t>(MAX_ROWS, (keys - BLOCK) / STEP * (K_STEP + V_STEP) / (Q_TILE + O_TILE) * ROWS);
+  }
+  static int64_t scratch_size(int64_t rows, int64_t keys) {  // or of fewer rows or keys
+    const int64_t size = sizeof(Scratch) + steps_of(keys) * (K_STEP + V_STEP) + held(rows, keys) * (Q_TILE + O_TILE) +
+                         max_of(SUMS, held(rows, keys)) * (int64_t)sizeof(Sums);
+    return keys > WHOLE ? max_of(size, scratch_size(rows, WHOLE)) : size;
   }
   struct List {  // steps of the block that a row tile needs
     int n;
-    uint8_t step[BLOCK_STEPS], masked[BLOCK_STEPS];
+    uint8_t step[WHOLE_STEPS], masked[WHOLE_STEPS];
+  };
+  // Rows of queries and outputs that are needed soon. They lie pages apart, where the processor's own prefetching does not
+  // follow, so their lines are asked for while the matrix unit works: a few with every step.
+  struct Ahead {
+    int n = 0, at = 0;
+    struct { const char* row; int64_t bytes; } rows[2 * ROWS];
+    FL_INLINE void add(const void* base, int64_t at, int64_t size, int64_t count) {
+      rows[n++] = {(const char*)base + at * size, count * size};
+    }
+    FL_INLINE void fetch(int to) {
+      for (; at < to; at++)
+        for (int64_t b = 0; b < rows[at].bytes; b += 64) prefetch(rows[at].row + b);
+    }
   };
   struct Pending {  // weights that are still to be added to an output
     int steps;
@@ -72,8 +94,9 @@ template <class C, class V> struct AmxKernel {
   const Params& p;
   Scratch& w;
   const Item& it;
+  const int32_t block_keys;
   char *const keys, *const values, *const queries, *const outputs;
-  Sums* const sums_of;
+  Sums* const all_sums;
   Request r;
   int32_t kv_head = 0, kv0 = 0, tiles;
   float scale = 0, v_scale = 0;  // of scores (to log2 units where nothing comes between), of outputs
@@ -85,17 +108,29 @@ template <class C, class V> struct AmxKernel {
   int s_at = 0, p_at = 0;
 
   AmxKernel(const Args& a, const Params& p, char* scratch, const Item& it)
-      : a(a), p(p), w(*(Scratch*)scratch), it(it), keys(w.rest), values(keys + steps_of(it.kv_hi - it.kv_lo) * K_STEP),
+      : a(a), p(p), w(*(Scratch*)scratch), it(it), block_keys(block_of(it.kv_hi - it.kv_lo)), keys(w.rest),
+        values(keys + steps_of(it.kv_hi - it.kv_lo) * K_STEP),
         queries(values + steps_of(it.kv_hi - it.kv_lo) * V_STEP),
         outputs(queries + held(it.row_hi - it.row_lo, it.kv_hi - it.kv_lo) * Q_TILE),
-        sums_of((Sums*)(outputs + held(it.row_hi - it.row_lo, it.kv_hi - it.kv_lo) * O_TILE)), r(a, it.request),
+        all_sums((Sums*)(outputs + held(it.row_hi - it.row_lo, it.kv_hi - it.kv_lo) * O_TILE)), r(a, it.request),
         tiles((int32_t)tiles_of(it.row_hi - it.row_lo)), exactly(a.lse || it.splits > 1 || V::uses_lse) {}
 
   FL_INLINE char* q_of(int tile) { return queries + (int64_t)(single ? tile & 1 : tile) * Q_TILE; }
   FL_INLINE char* o_of(int tile) { return outputs + (int64_t)(single ? tile & 1 : tile) * O_TILE; }
+  FL_INLINE Sums& sums_of(int tile) const { return all_sums[single ? tile & (SUMS - 1) : tile]; }
   FL_INLINE int32_t row_of(int tile) const { return it.row_lo + tile * ROWS; }
   FL_INLINE int keep(int32_t lo, int32_t hi, int32_t from, int32_t to) const {
     return verdict<C, V>(r, p, kv_head, lo, hi, from, min_of(to, it.kv_hi));
+  }
+
+  FL_OUTLINE void queries_ahead(int tile, Ahead& x) const {
+    for (int32_t i = row_of(tile), end = min_of(i + ROWS, it.row_hi); i < end; i++)
+      x.add(a.q, r.batch * a.q_request + (r.q_start + i / G) * a.q_token + (kv_head * G + i % G) * a.q_head, 2, C::DIM);
+  }
+  FL_OUTLINE void outputs_ahead(int tile, Ahead& x) const {
+    for (int32_t i = row_of(tile), end = min_of(i + ROWS, it.row_hi); i < end; i++)
+      x.add(a.out, r.batch * a.out_request + (r.q_start + i / G) * a.out_token + (kv_head * G + i % G) * a.out_head,
+            a.out_type == 0 ? 4 : 2, VALUE_DIM);
   }
 
   FL_OUTLINE RowsAt at(int32_t first) const {
@@ -259,8 +294,11 @@ template <class C, class V> struct AmxKernel {
   FL_OUTLINE void attend(int tile, const List& list, int next_tile, const List& next) {
     const RowsAt at0 = at(row_of(tile)), at1 = at(row_of(tile) + 16);
     const auto bound = bind(V::bind_logits(at0, p), V::bind_logits(at1, p), V::bind_mask(at0, p), V::bind_mask(at1, p));
-    Sums& sums = sums_of[tile];
+    Sums& sums = sums_of(tile);
     char* o = o_of(tile);
+    Ahead ahead;
+    if (first_block) queries_ahead(tile + 2, ahead);
+    if (last_block && it.splits == 1) outputs_ahead(tile, ahead);
     for (int from = 0; from < list.n; from += STEPS) {
       const int size = min_of(STEPS, list.n - from);
       char* weights = w.p[p_at];
@@ -272,6 +310,7 @@ template <class C, class V> struct AmxKernel {
         else if (next.n) end = list_scores(x, keys + next.step[0] * K_STEP, q_of(next_tile), w.s[s_at ^ 1]);
         if (pending.steps) end = list_values(end, j * DV / size, (j + 1) * DV / size);
         int products = (int)(end - x);
+        ahead.fetch(ahead.n * (i + 1) / list.n);
         if (V::softmax && i == 0 && !sums.begun) raise(bound, sums, kv, o, nullptr, 0, nullptr, 0);
         const Sums before = sums;
         char* to = weights + j * 2 * TILE;
@@ -337,7 +376,7 @@ template <class C, class V> struct AmxKernel {
   }
   FL_INLINE void prepare(int tile, int steps, List& list) {
     if (first_block) {
-      sums_of[tile] = {{bc(UNSET), bc(UNSET)}, {}, {}, 0};
+      sums_of(tile) = {{bc(UNSET), bc(UNSET)}, {}, {}, 0};
       packer().queries(row_of(tile), it.row_hi, q_of(tile));
     }
     list_steps(tile, steps, list);
@@ -386,7 +425,7 @@ template <class C, class V> struct AmxKernel {
     for (int i = 0; !plain && i < count; i++) End::give(a, p, r, it, kv_head, first + i, w.rows[i], m[i], sum[i]);
   }
   FL_OUTLINE void give(int tile) {
-    const Sums& sums = sums_of[tile];
+    const Sums& sums = sums_of(tile);
     if (!sums.begun) __builtin_memset(o_of(tile), 0, O_TILE);
     give_half(o_of(tile), sums, 0, row_of(tile));
     if (row_of(tile) + 16 < it.row_hi) give_half(o_of(tile), sums, 1, row_of(tile) + 16);
@@ -400,24 +439,28 @@ template <class C, class V> struct AmxKernel {
     v_scale = a.v_scale && !a.v_scale_page ? a.v_scale[kv_head * a.v_scale_head] : 1.f;
     pending = {0, false, -1, nullptr, {}, nullptr};
     int32_t first = -1, last = -1;  // blocks that are needed, from the end
-    for (int32_t kv = it.kv_lo; kv < it.kv_hi; kv += BLOCK) {
-      if (!keep(it.row_lo, it.row_hi, kv, kv + BLOCK)) continue;
+    for (int32_t kv = it.kv_lo; kv < it.kv_hi; kv += block_keys) {
+      if (!keep(it.row_lo, it.row_hi, kv, kv + block_keys)) continue;
       if (last < 0) last = kv;
       first = kv;
     }
     single = first == last;
     if (first < 0) {
       for (int tile = 0; tile < tiles; tile++) {
-        sums_of[tile] = {};
+        sums_of(tile) = {};
         give(tile);
       }
       return;
     }
+    Ahead ahead;
+    queries_ahead(0, ahead);
+    if (tiles > 1) queries_ahead(1, ahead);
+    ahead.fetch(ahead.n);
     Pack pack = packer();
-    for (kv0 = first; kv0 >= last; kv0 -= BLOCK) {
-      if (!keep(it.row_lo, it.row_hi, kv0, kv0 + BLOCK)) continue;
+    for (kv0 = first; kv0 >= last; kv0 -= block_keys) {
+      if (!keep(it.row_lo, it.row_hi, kv0, kv0 + block_keys)) continue;
       first_block = kv0 == first, last_block = kv0 == last;
-      const int steps = (min_of(BLOCK, it.kv_hi - kv0) + STEP - 1) / STEP;
+      const int steps = (min_of(block_keys, it.kv_hi - kv0) + STEP - 1) / STEP;
       for (int j = 0; j < steps; j += STEPS) {
         const int end = min_of(j + STEPS, steps);
         for (int i = keep(it.row_lo, it.row_hi, kv0 + j * STEP, kv0 + end * STEP) ? j : end; i < end; i++) {

@@ -40,7 +40,7 @@ template <class C, class V> struct Kernels {
   static Limits limits(const Args& a) {
     int32_t block = a.cut_block_rows ? min_of<int64_t>(round_up(a.cut_block_rows, Rows::SUB), Rows::MAX_ROWS) : Rows::MAX_ROWS;
     return {decode_rows(a), block, Rows::SUB, Decode::BLOCK, Rows::BLOCK, (int64_t)sizeof(typename Decode::Row),
-            Rows::scratch_size, Decode::scratch_size(0), Finish<C, V>::PARTIAL};
+            Rows::most_rows, Rows::scratch_size, Decode::scratch_size(0), Finish<C, V>::PARTIAL};
   }
   static void schedule(Args& a) {
     Limits limit = limits(a);

@@ -38,6 +38,7 @@ template <class C, class V> struct RowsKernel {
     float scale[BLOCK];
     alignas(64) Sub sub[1];  // as many as the item has
   };
+  static int64_t most_rows(int64_t) { return MAX_ROWS; }
   static int64_t scratch_size(int64_t rows, int64_t) { return sizeof(Scratch) + (rows - 1) / SUB * (int64_t)sizeof(Sub); }
 
   const Args& a;

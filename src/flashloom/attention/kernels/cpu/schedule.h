@@ -14,7 +14,8 @@ struct Limits {
   int32_t step_rows;         // and a multiple of this
   int32_t decode_keys, key_block;  // keys of either are cut at multiples of these
   int64_t row_bytes;         // scratch per row of decode
-  int64_t (*scratch_rows)(int64_t rows, int64_t keys);  // scratch of an item of many rows
+  int64_t (*most_rows)(int64_t keys);                   // of an item of many rows
+  int64_t (*scratch_rows)(int64_t rows, int64_t keys);  // scratch of one of up to so many
   int64_t scratch_decode;    // scratch of an item of decode, beside its rows
   int64_t partial;           // floats of a row's partial result
 };
@@ -74,7 +75,7 @@ struct Scheduler {
         decode_rows = max_of(decode_rows, rows * some);
         continue;
       }
-      int64_t mine = min_of(block, round_up(rows, limit.step_rows));
+      int64_t mine = min_of(min_of(block, limit.most_rows(kv)), round_up(rows, limit.step_rows));
       int64_t blocks = (rows + mine - 1) / mine;
       mine = round_up((rows + blocks - 1) / blocks, limit.step_rows);  // even blocks
       int32_t keys = 1 << 30;
