@@ -10,7 +10,7 @@ import pytest
 
 import flashloom
 from flashloom.compat.conformance.__main__ import copy_tests
-from flashloom.compat.conformance.cases import group, left_out, place
+from flashloom.compat.conformance.cases import EACH, group, left_out, place, sample
 
 TESTS = {
     "attention/test_mine.py": """
@@ -75,3 +75,16 @@ def test_what_is_left_out_and_sampled():
     assert group("a::t", small) != group("a::t", {**small, "qo_len": 17})
     assert 0 <= place("x") < 1
     assert place("x") == place("x") != place("y")
+
+
+def test_a_sample_leaves_no_file_out():
+    groups = {f"large{i}": ("large.py", 50) for i in range(200)} | {f"small{i}": ("small.py", 1) for i in range(4)}
+    groups |= {f"middle{i}": ("middle.py", 5) for i in range(40)}
+    names = sample(groups, 1000)
+    of_file = {file: sum(groups[n][1] for n in names if groups[n][0] == file) for file in ("large.py", "middle.py")}
+    assert sum(name.startswith("small") for name in names) == 4
+    assert all(count >= EACH for count in of_file.values())
+    assert 1000 <= sum(groups[name][1] for name in names) < 1050
+    assert len(set(names)) == len(names)
+    assert names == sample(dict(reversed(groups.items())), 1000)
+    assert set(sample(groups, 10**9)) == set(groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ LEFT_OUT = (
     (r"test_jit_example.*(custom_mask|dump_logits|debug_print|mask)", "", "CUDA text that only FlashInfer compiles"),
 )  # fmt: skip
 
+#: So many cases of every file are in a sample, if it has them.
+EACH = 24
 LENGTHS = ("batch_size", "kv_len", "seq_len", "batch_size_d", "kv_len_d", "shared_kv_len", "kv_len_p", "num_tries")
 LIMITS = {"cpu": 3e8, "cuda": 6e10}
 MEGABYTES = {"cpu": 512, "cuda": 1200}
@@ -100,3 +103,25 @@ def group(test: str, params: Mapping[str, Any]) -> str:
 def place(name: str) -> float:
     """A number from 0 to 1 that depends on a name alone: a sample is the groups with the least."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") / (1 << 56)
+
+
+def sample(groups: Mapping[str, tuple[str, int]], limit: int) -> list[str]:
+    """Names of the groups to run: at least EACH cases of every file, then those of the least hash, `limit` in all.
+
+    `groups` gives each group's file and number of cases."""
+    names = sorted(groups, key=place)
+    of_file: Counter[str] = Counter()
+    first = []
+    for name in names:
+        file, count = groups[name]
+        if of_file[file] < EACH:
+            first.append(name)
+            of_file[file] += count
+    rest = sorted(set(names) - set(first), key=place)
+    chosen, total = [], 0
+    for name in first + rest:
+        if total >= limit:
+            break
+        chosen.append(name)
+        total += groups[name][1]
+    return chosen

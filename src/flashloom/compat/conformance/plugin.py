@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flashloom.compat import install
-from flashloom.compat.conformance.cases import group, left_out, place
+from flashloom.compat.conformance.cases import group, left_out, place, sample
 
 install()
 
@@ -75,12 +75,11 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         groups.setdefault(group(name_of(item).partition("[")[0], params), []).append(item)
     limit = config.getoption("--sample") or len(kept)
     shard, shards = map(int, config.getoption("--shard").split("/"))
-    load, chosen, total = [0] * shards, set(), 0
-    for name in sorted(groups, key=place):
-        if total >= limit:
-            break
+    load, chosen = [0] * shards, set()
+    sizes = {name: (name_of(of[0]).partition("::")[0], len(of)) for name, of in groups.items()}
+    for name in sample(sizes, limit):
         to = load.index(min(load))
-        load[to], total = load[to] + len(groups[name]), total + len(groups[name])
+        load[to] += len(groups[name])
         if to == shard:
             chosen |= {id(item) for item in groups[name]}
     items[:] = [item for item in items if id(item) in chosen]
