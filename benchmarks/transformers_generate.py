@@ -10,11 +10,17 @@ benchmarks/results/transformers_generate_<device>.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import cProfile
+import gc
+import io
 import json
+import pstats
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,6 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests' tiny models
 
 from tests.integrations.tiny import build, gemma2, gpt_oss, llama, mistral, phi, qwen3
 
+from flashloom import store
+from flashloom.attention.attention import Plan
 from flashloom.bench.machine import describe
 from flashloom.integrations.transformers import register
 
@@ -40,11 +48,13 @@ SIZES = {
 }  # fmt: skip
 #: batch, prompt tokens, new tokens, left padding
 CALLS = {
-    "cuda": [(1, 1024, 64, False), (8, 1024, 64, False), (8, 1024, 64, True), (8, 4096, 64, False)],
+    "cuda": [(1, 1024, 16, False), (8, 1024, 16, False), (8, 1024, 16, True), (8, 4096, 16, False)],
     "cpu": [(1, 512, 32, False), (4, 512, 32, False), (4, 512, 32, True)],
 }
 REQUESTS, LONGEST = {"cuda": 32, "cpu": 8}, {"cuda": 1024, "cpu": 256}  # of generate_batch, prompt tokens
 PEER = "sdpa"
+NAMES = ("flashloom", PEER)
+WARM_UP = 2  # calls of each implementation before those that are timed
 
 
 def without_psutil() -> None:
@@ -54,7 +64,7 @@ def without_psutil() -> None:
     cache.PagedAttentionMemoryHandler.get_available_memory = lambda self: 4 << 30
 
 
-def serve(model, prompts: list[list[int]], name: str, new: int, **options) -> list[list[int]]:
+def serve(model, prompts: list[list[int]], name: str, new: int, steps: object = None, **options) -> list[list[int]]:
     """Tokens of generate_batch for each prompt."""
     model.set_attn_implementation(f"paged|{name}")
     config = GenerationConfig(do_sample=False, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
@@ -117,18 +127,10 @@ def check_all(families: list[str], device: str) -> None:
 
 
 @torch.no_grad()
-def speed(device: str, rounds: int, only: str) -> Iterator[dict]:
+def speed(device: str, rounds: int, only: str, profiled: str | None = None) -> Iterator[dict]:
     """A row each for generate() and generate_batch(): seconds of the implementations taking turns, medians. `only`:
-    rows whose name holds it."""
-    dtype = torch.bfloat16
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SIZES[device], vocab_size=32000, max_position_embeddings=8192, pad_token_id=0,
-                                      bos_token_id=1, eos_token_id=None)  # fmt: skip
-    with torch.device(device):
-        torch.set_default_dtype(dtype)
-        model = transformers.LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
-    model.generation_config.eos_token_id = None
+    rows whose name holds it. profiled: rows of generate() for which to print where the host's time goes."""
+    model = seeded(device)
     for batch, prompt, new, padded in CALLS[device]:
         ids = torch.randint(2, 32000, (batch, prompt), device=device)
         mask = torch.ones_like(ids)
@@ -136,7 +138,11 @@ def speed(device: str, rounds: int, only: str) -> Iterator[dict]:
             mask[b, : b * prompt // (2 * batch)] = 0
         title = f"generate, {batch} x {prompt} + {new}{', left padding' if padded else ''}"
         if only in title:
-            yield compare(partial(generate, model, ids * mask, mask), device, new, batch, rounds, title)
+            call = partial(generate, model, ids * mask, mask)
+            yield compare(call, device, new, batch, rounds, title)
+            if profiled is not None and profiled in title:
+                for name in NAMES:
+                    print_profile(call, device, name, title)
     longest, new = LONGEST[device], CALLS[device][0][2]
     prompts = [torch.randint(2, 32000, (longest // 8 * (1 + i % 8),)).tolist() for i in range(REQUESTS[device])]
     title = f"generate_batch, {len(prompts)} prompts of {longest // 8} to {longest} + {new}"
@@ -146,34 +152,134 @@ def speed(device: str, rounds: int, only: str) -> Iterator[dict]:
         yield compare(call, device, new, len(prompts), rounds, title)
 
 
-def generate(model, ids: torch.Tensor, mask: torch.Tensor, name: str, new: int) -> None:
+def seeded(device: str):
+    """The Llama that `speed` runs, with random weights in bfloat16."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES[device], vocab_size=32000, max_position_embeddings=8192, pad_token_id=0,
+                                      bos_token_id=1, eos_token_id=None)  # fmt: skip
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+class Steps(transformers.LogitsProcessor):
+    """Notes when each step of generate() has its logits; generate() waits for the device once in every step. `at`:
+    functions to call at the step of a number."""
+
+    def __init__(self, at: dict[int, Callable[[], object]] | None = None):
+        self.times: list[float] = []
+        self.at = at or {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        self.at.get(len(self.times), int)()
+        return scores
+
+    def median(self) -> float | None:
+        """Seconds of the median step, prompt and first token aside; None where generate() was not asked."""
+        between = sorted(b - a for a, b in zip(self.times[1:], self.times[2:]))
+        return between[len(between) // 2] if between else None
+
+
+def generate(model, ids: torch.Tensor, mask: torch.Tensor, name: str, new: int, steps: Steps) -> None:
     model.set_attn_implementation(name)
-    model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new)
+    model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, logits_processor=[steps])
+
+
+class Meanwhile:
+    """What should not happen while time is taken: plans that are made, kernels that are built or loaded, and
+    collections of all of Python's garbage. Each use as a context adds to the totals."""
+
+    def __init__(self) -> None:
+        self.found = dict.fromkeys(("plans made", "kernels built", "kernels loaded", "garbage collections"), 0)
+        self.cpu: list[float] = []
+
+    def __enter__(self) -> Meanwhile:
+        self._init, self._store, self._cpu = Plan.__init__, store.counters(), time.process_time()
+
+        def counted(plan: Plan, *args: object) -> None:
+            self.found["plans made"] += 1
+            self._init(plan, *args)
+
+        Plan.__init__ = counted  # fl.monitor() would take each run's time, too
+        gc.callbacks.append(self._collected)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Plan.__init__ = self._init
+        gc.callbacks.remove(self._collected)
+        now = store.counters()
+        self.found["kernels built"] += now.builds - self._store.builds
+        self.found["kernels loaded"] += now.hits - self._store.hits
+        self.cpu.append(time.process_time() - self._cpu)
+
+    def _collected(self, phase: str, info: dict) -> None:
+        self.found["garbage collections"] += phase == "start" and info["generation"] == 2
 
 
 def compare(call, device: str, new: int, batch: int, rounds: int, title: str) -> dict:
-    """A row of `speed`: call(name, new tokens) of both implementations, taking turns."""
-    names = ("flashloom", PEER)
-    for name in names:
-        call(name, 4)  # kernels are compiled here
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names if i % 2 else names[::-1]:
-            synchronize(device)
-            start = time.perf_counter()
-            call(name, new)
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    median = {name: sorted(s)[len(s) // 2] for name, s in seconds.items()}
+    """A row of `speed`: call(name, new tokens, steps) of both implementations, taking turns, after WARM_UP calls of
+    each, in which kernels are compiled, and in which cuDNN, behind SDPA, makes its plans for every length."""
+    first: dict[str, float] = {}
+    samples: dict[str, list[float]] = {name: [] for name in NAMES}
+    steps: dict[str, list[float]] = {name: [] for name in NAMES}
+    meanwhile = {name: Meanwhile() for name in NAMES}
+    for i in range(WARM_UP + rounds):
+        for name in NAMES if i % 2 else NAMES[::-1]:
+            clock, warm = Steps(), i < WARM_UP
+            with contextlib.nullcontext() if warm else meanwhile[name]:
+                synchronize(device)
+                start = time.perf_counter()
+                call(name, new, clock)
+                synchronize(device)
+                seconds = time.perf_counter() - start
+            if warm:
+                first.setdefault(name, seconds)
+            else:
+                samples[name].append(seconds)
+                steps[name] += [x for x in [clock.median()] if x is not None]
+    median = {name: statistics.median(s) for name, s in samples.items()}
     row = {
         "name": title,
         "seconds": median,
-        "samples": seconds,
+        "low_high": {name: [min(s), max(s)] for name, s in samples.items()},
+        "samples": samples,
+        "first_call_s": first,
+        "cpu_s": {name: statistics.median(meanwhile[name].cpu) for name in NAMES},
+        "meanwhile": {name: meanwhile[name].found for name in NAMES},
         "times_faster": median[PEER] / median["flashloom"],
         "tokens_per_s": {name: batch * new / s for name, s in median.items()},
     }
-    print(f"{title}: {median['flashloom']:.3f} s, {row['times_faster']:.2f} x {PEER}", flush=True)
+    print(f"{title}: {_times(samples, 1, 's')}, {row['times_faster']:.2f} x {PEER}", flush=True)
+    if all(steps.values()):
+        row["step_s"] = {
+            name: {"median": statistics.median(s), "low_high": [min(s), max(s)]} for name, s in steps.items()
+        }
+        row["step_times_faster"] = row["step_s"][PEER]["median"] / row["step_s"]["flashloom"]["median"]
+        print(f"    a step: {_times(steps, 1e3, 'ms')}, {row['step_times_faster']:.2f} x {PEER}")
+    first_calls = ", ".join(f"{name} {s:.2f} s" for name, s in first.items())
+    print(f"    first call: {first_calls}; CPU time {row['cpu_s']}; meanwhile {row['meanwhile']}", flush=True)
     return row
+
+
+def _times(samples: dict[str, list[float]], scale: float, unit: str) -> str:
+    return ", ".join(
+        f"{name} {statistics.median(s) * scale:.3f} {unit} ({min(s) * scale:.3f}-{max(s) * scale:.3f})"
+        for name, s in samples.items()
+    )
+
+
+def print_profile(call, device: str, name: str, title: str, steps: int = 8) -> None:
+    """The functions in which `steps` decode steps of an implementation spend the host's time, with what they call."""
+    found = cProfile.Profile()
+    call(name, steps + 6, Steps({4: found.enable, 4 + steps: found.disable}))
+    synchronize(device)
+    text = io.StringIO()
+    pstats.Stats(found, stream=text).sort_stats("cumulative").print_stats(25)
+    print(f"{title}: {steps} steps of {name}\n{text.getvalue()}", flush=True)
 
 
 def synchronize(device: str) -> None:
@@ -186,8 +292,12 @@ def main() -> None:
     parser.add_argument("what", choices=["check", "speed"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--family", choices=FAMILIES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="rows of `speed` whose name holds this")
+    parser.add_argument(
+        "--profile",
+        help="print profiles of a few decode steps on the host, for rows of generate() whose name holds this",
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -203,7 +313,7 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / f"transformers_generate_{given.device}.json"
     found: dict = {**describe(), "model": f"Llama {SIZES[given.device]}, bfloat16", "rows": []}
-    for row in speed(given.device, given.rounds, given.only):
+    for row in speed(given.device, given.rounds, given.only, given.profile):
         found["rows"].append(row)
         path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"wrote {path}")
