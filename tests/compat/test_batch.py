@@ -467,3 +467,41 @@ def test_what_a_wrapper_knows_of_a_cache_goes_with_it():
     gc.collect()
     assert gone() is None
     assert len(wrapper._seen) < before
+
+
+def test_repeated_runs_follow_what_changed():
+    """run() keeps what the last call came to: not past a change of the wrapper, the scales, the queries or the cache."""
+    case, other = Case(q_lens=[1, 1, 1, 1]), Case(q_lens=[1, 1, 1, 1])
+    other.cache = other.cache.flip(0).contiguous()
+    other.kv = other.cache
+    wrapper = decode(case)
+    for _ in range(2):
+        for each in (case, other):
+            close(wrapper.run(each.q, each.kv), each.want()[0])
+    close(wrapper.run(case.q, case.kv, k_scale=0.5), case.want(change=lambda q, k, v: (q, k * 0.5, v))[0])
+    close(wrapper.run(case.q, case.kv, v_scale=0.5), case.want(change=lambda q, k, v: (q, k, v * 0.5))[0])
+    close(wrapper.run(case.q, case.kv, q_scale=3), case.want(change=lambda q, k, v: (q * 3, k, v))[0])
+    wrapper._sm_scale = 0.3  # as engines write it
+    close(wrapper.run(case.q, case.kv), case.want(scale=0.3)[0])
+    decode(case, wrapper, window_left=2)
+    close(wrapper.run(case.q, case.kv), case.want(window=2)[0])
+    decode(case, wrapper)
+    close(wrapper.run(case.q, case.kv), case.want()[0])
+    with pytest.raises(ValueError, match="dtype of query"):
+        wrapper.run(case.q.half(), case.kv)
+    with pytest.raises(ValueError, match="shape of out"):
+        wrapper.run(case.q, case.kv, out=torch.empty(4, HQ, D + 1))
+    close(wrapper.run(case.q, case.kv), case.want()[0])
+
+
+def test_scales_of_narrow_caches_are_kept_for_each_cache():
+    fp8 = torch.float8_e4m3fn
+    case, other = (Case(q_lens=[1, 1, 1, 1], dtype=fp8) for _ in range(2))
+    other.cache = case.cache.float().flip(0).to(fp8)
+    other.kv = other.cache
+    wrapper = decode(case, kv_data_type=fp8)
+    for scale in (0.5, 2.0, 1.0):
+        for _ in range(2):
+            for each in (case, other):
+                got = wrapper.run(each.q, each.kv, k_scale=0.5, v_scale=scale)
+                close(got, each.want(change=lambda q, k, v, by=scale: (q, k * 0.5, v * by))[0], 2e-2)

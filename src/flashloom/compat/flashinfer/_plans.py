@@ -105,7 +105,7 @@ class Plans:
     def __init__(self, device: torch.device, fixed: bool = False):
         self.device, self._fixed = device, fixed
         self._plans: OrderedDict[tuple, list] = OrderedDict()  # key -> [plan, step it is at]
-        self._step = 0
+        self.step = 0
         self._reserve: Reserve | None = None
         self.batch: Batch | None = None
         self._class: tuple = ()
@@ -117,8 +117,8 @@ class Plans:
             self._reserve = self._reserve or reserve
             for entry in self._plans.values():
                 entry[0].update(batch)
-                entry[1] = self._step + 1
-        self._step, self.batch = self._step + 1, batch
+                entry[1] = self.step + 1
+        self.step, self.batch = self.step + 1, batch
         self._class = (batch.page_size, batch.ragged, batch.host, *(() if self._fixed else _size_class(batch)))
 
     def get(self, form: Form, variant: fl.Variant) -> Plan:
@@ -135,12 +135,12 @@ class Plans:
                     "graph is captured: run it once before"
                 )
             plan = attention(form, variant, self.device).plan(self.batch, reserve=self._reserve)
-            entry = self._plans[key] = [plan, self._step]
+            entry = self._plans[key] = [plan, self.step]
             if len(self._plans) > PLANS_KEPT and not self._fixed:
                 self._plans.popitem(last=False)
-        elif entry[1] != self._step:
+        elif entry[1] != self.step:
             entry[0].update(self.batch, variant=variant)
-            entry[1] = self._step
+            entry[1] = self.step
             self._plans.move_to_end(key)
         self.last = entry[0]
         return entry[0]
