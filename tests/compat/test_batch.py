@@ -470,7 +470,7 @@ def test_what_a_wrapper_knows_of_a_cache_goes_with_it():
 
 
 def test_repeated_runs_follow_what_changed():
-    """run() keeps what the last call came to: not past a change of the wrapper, the scales, the queries or the cache."""
+    """run() keeps what the last call came to, not past a change of the wrapper, scales, queries or the cache."""
     case, other = Case(q_lens=[1, 1, 1, 1]), Case(q_lens=[1, 1, 1, 1])
     other.cache = other.cache.flip(0).contiguous()
     other.kv = other.cache
