@@ -166,17 +166,6 @@ class Mask(torch.Tensor):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Some query rows of one sequence, the keys they may meet, and the real ones of these, first:stop."""
-
-    owner: int
-    rows: int
-    keys: int = 0
-    first: int = 0
-    stop: int = 0
-
-
-@dataclass(frozen=True)
 class Rules:
     """A pattern, the padding of each sequence, and where the queries stand among the keys.
 
@@ -207,38 +196,48 @@ class Rules:
                 f"{self.q_length} queries at slots {self.first_row} to {frontier - 1} of {self.kv_length} keys with "
                 f"{pattern}: flashloom cannot place them; use attn_implementation='sdpa'"
             )
-        keep = None if self.keep is None else self.keep[:, :end]
-        real = [(0, end)] * self.requests if keep is None else _intervals(keep)
+        if self.keep is None:
+            return self._layout(*self._alike(end))
+        keep = self.keep[:, :end]
+        real = _intervals(keep)
         if real is None:
-            assert keep is not None
-            pieces = [Piece(b, self.q_length, end, 0, end) for b in range(self.requests)]
-            return self._layout(pieces, KeptKeys(keep=torch.from_numpy(keep.copy()).to(self.device)))
-        return self._layout(
-            [piece for b, (first, stop) in enumerate(real) for piece in self._pieces(b, first, stop, end)]
-        )
+            return self._layout(*self._alike(end), KeptKeys(keep=torch.from_numpy(keep.copy()).to(self.device)))
+        return self._layout(*self._pieces(*real, end))
 
-    def _pieces(self, b: int, first: int, stop: int, end: int) -> list[Piece]:
-        """The rows of one sequence whose real keys are first:stop; rows that see no key become a piece without keys."""
-        if first == stop:
-            return [Piece(b, self.q_length)]
-        if self.skip_padding:
-            return [Piece(b, first), Piece(b, stop - first, stop, first, stop), Piece(b, self.q_length - stop)]
-        if not self.pattern.positional:
-            return [Piece(b, self.q_length, stop, first, stop)]
-        blind = min(max(0, first - self.first_row), self.q_length) if self.pattern.causal else 0
-        return [Piece(b, blind), Piece(b, self.q_length - blind, end, first, stop)]
+    def _alike(self, end: int) -> tuple[np.ndarray, ...]:
+        """What `_pieces` answers where nothing is padded."""
+        n = self.requests
+        return np.arange(n, dtype=np.int32), _filled(n, self.q_length), *(_filled(n, x) for x in (end, 0, end))
 
-    def _layout(self, pieces: list[Piece], kept: fl.Variant | None = None) -> Layout:
-        """One request per piece that has rows."""
-        pieces = [piece for piece in pieces if piece.rows]
-        owners = [piece.owner for piece in pieces]
-        first = [piece.first for piece in pieces] if any(piece.first for piece in pieces) else None
-        stop = [piece.stop for piece in pieces] if any(piece.stop < piece.keys for piece in pieces) else None
+    def _pieces(self, first: np.ndarray, stop: np.ndarray, end: int) -> tuple[np.ndarray, ...]:
+        """Sequences whose real keys are first:stop, cut into pieces: the sequence, the query rows, the keys that these
+        may meet, and the real ones of these, first:stop. Rows that see no key are a piece without keys."""
+        n, length = self.requests, self.q_length
+        if self.skip_padding:  # rows before, within and after the real ones
+            rows, at, keys = np.stack([first, stop - first, length - stop], 1), 1, stop
+        elif self.pattern.positional:  # rows before the first real key, and the others
+            blind = np.clip(first - self.first_row, 0, length) if self.pattern.causal else np.zeros_like(first)
+            blind = np.where(first < stop, blind, length)
+            rows, at, keys = np.stack([blind, length - blind], 1), 1, _filled(n, end)
+        else:
+            rows, at, keys = _filled(n, length)[:, None], 0, stop
+        kept = rows > 0
+        numbers = np.zeros((3, *rows.shape), dtype=np.int32)
+        numbers[:, :, at] = keys, first, stop
+        return np.nonzero(kept)[0].astype(np.int32), rows[kept].astype(np.int32), *numbers[:, kept]
+
+    def _layout(
+        self, owner: np.ndarray, rows: np.ndarray, keys: np.ndarray, first: np.ndarray, stop: np.ndarray,
+        kept: fl.Variant | None = None,
+    ) -> Layout:  # fmt: skip
+        """One request per piece."""
+        firsts = first.tolist() if first.any() else None
+        stops = stop.tolist() if (stop < keys).any() else None
         pattern = self.pattern
         start = None
         if pattern.chunk is not None:
             padding = pattern.chunk[1].tolist()
-            start = (pattern.chunk[0], *(padding[owner] - self.kv_offset for owner in owners))
+            start = (pattern.chunk[0], *(padding[sequence] - self.kv_offset for sequence in owner))
 
         def posed() -> Posed:
             variant: fl.Variant = fl.causal if pattern.causal else fl.full
@@ -247,23 +246,21 @@ class Rules:
             if start is not None:
                 variant = variant & SameChunk(size=start[0], start=self._integers(start[1:]))
             if pattern.documents is not None:
-                documents = pattern.documents.to(self.device)[self._integers(owners)].int()
+                documents = pattern.documents.to(self.device)[torch.from_numpy(owner).to(self.device)].int()
                 variant = variant & SameDocument(documents=documents)
-            if first is not None:
-                variant = variant & FirstKey(first=self._integers(first))
-            if stop is not None:
-                variant = variant & LastKey(stop=self._integers(stop))
+            if firsts is not None:
+                variant = variant & FirstKey(first=self._integers(firsts))
+            if stops is not None:
+                variant = variant & LastKey(stop=self._integers(stops))
             return Posed(variant if kept is None else variant & kept)
 
         if kept is not None or pattern.documents is not None:
             found = posed()
         else:
-            key = (pattern.causal, pattern.left, pattern.right, start, *(x and tuple(x) for x in (first, stop)))
+            key = (pattern.causal, pattern.left, pattern.right, start, *(x and tuple(x) for x in (firsts, stops)))
             found = VARIANTS.get((*key, self.device), posed)
-        lens, rows, owner = (
-            np.array([(p.keys, p.rows, p.owner) for p in pieces], dtype=np.int32).reshape(-1, 3).T.copy()
-        )
-        kv = fl.DenseKV(len(pieces), self.kv_length, torch.from_numpy(lens), rows=torch.from_numpy(owner))
+        own = None if owner.size == self.requests else torch.from_numpy(owner)  # without pieces each is its own
+        kv = fl.DenseKV(owner.size, self.kv_length, torch.from_numpy(np.ascontiguousarray(keys)), rows=own)
         return Layout(fl.Batch(q_lens=torch.from_numpy(rows), kv=kv), found)
 
     def _integers(self, numbers: Sequence[int]) -> Tensor:
@@ -351,13 +348,15 @@ def dense_layout(mask: Tensor, query: Tensor, key: Tensor) -> Layout:
     return Layout(fl.Batch(q_lens=[q_length] * batch, kv=fl.DenseKV(batch, keys)), Posed(variant))
 
 
-def _intervals(keep: np.ndarray) -> list[tuple[int, int]] | None:
-    """(first, last + 1) of the kept slots of each row, (0, 0) for none; None when a row has gaps."""
+def _intervals(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """First and last + 1 of the kept slots of each row, 0 and 0 for none; None when a row has gaps."""
     count, first = keep.sum(1), keep.argmax(1)
     last = np.where(count, keep.shape[1] - keep[:, ::-1].argmax(1), 0)
-    if (last - first != count).any():
-        return None
-    return list(zip(first.tolist(), last.tolist()))
+    return None if (last - first != count).any() else (first, last)
+
+
+def _filled(n: int, number: int) -> np.ndarray:
+    return np.full(n, number, dtype=np.int32)
 
 
 def _captured(function: Callable) -> dict[str, Any]:
