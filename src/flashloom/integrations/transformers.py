@@ -111,8 +111,6 @@ def flashloom_attention(
         )
     if position_bias is not None:
         raise NotImplementedError("position_bias is not supported by flashloom's transformers integration: use 'sdpa'")
-    batch, q_heads, q_length, dim = query.shape
-    heads = (q_heads, key.shape[1], dim, value.shape[-1])
     if isinstance(attention_mask, Mask):
         layout = attention_mask.posed(key.shape[2])
     elif attention_mask is not None:
@@ -120,8 +118,17 @@ def flashloom_attention(
     else:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         layout = unmasked_layout(query, key, bool(causal), sliding_window)
+    if s_aux is None:
+        again = layout.repeat(query, key, value, scaling, softcap)
+        if again is not None:
+            return again, None
+    batch, q_heads, q_length, dim = query.shape
+    heads = (q_heads, key.shape[1], dim, value.shape[-1])
     variant = layout.posed.with_logits(softcap, s_aux)
     plan, variant_of_layer = layout.plan(heads, query.dtype, key.dtype, scaling, query.device, variant)
     q = query.transpose(1, 2).reshape(batch * q_length, q_heads, dim)
     out = plan.run(q, (key.transpose(1, 2), value.transpose(1, 2)), variant=variant_of_layer)
-    return out.view(batch, q_length, q_heads, value.shape[-1]), None
+    out = out.view(batch, q_length, q_heads, value.shape[-1])
+    if s_aux is None and variant_of_layer is None and q.data_ptr() == query.data_ptr():
+        layout.keep(plan, query, key, value, out, scaling, softcap)
+    return out, None

@@ -9,6 +9,7 @@ too.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,7 +135,7 @@ class Mask(torch.Tensor):
 
     form: Callable[[], Tensor]
     rules: Rules
-    _layouts: dict[int, Layout]
+    _layouts: dict[tuple[int, int], Layout]  # by keys and thread
 
     @staticmethod
     def __new__(cls, rules: Rules, form: Callable[[], Tensor], device: torch.device) -> Mask:
@@ -145,14 +146,15 @@ class Mask(torch.Tensor):
 
     def posed(self, keys: int) -> Layout:
         """The batch and variant for this mask over `keys` cached keys; the same object for every layer of a forward
-        pass."""
+        pass in one thread."""
         if keys != self.rules.kv_length:
             raise ValueError(
                 f"the mask describes {self.rules.kv_length} keys, the layer has {keys}: use one of transformers' caches"
             )
-        if keys not in self._layouts:
-            self._layouts[keys] = self.rules.layout()
-        return self._layouts[keys]
+        at = keys, threading.get_ident()
+        if at not in self._layouts:
+            self._layouts[at] = self.rules.layout()
+        return self._layouts[at]
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -197,12 +199,12 @@ class Rules:
                 f"{pattern}: flashloom cannot place them; use attn_implementation='sdpa'"
             )
         if self.keep is None:
-            return self._layout(*self._alike(end))
+            return self._layout(self._alike(end))
         keep = self.keep[:, :end]
         real = _intervals(keep)
         if real is None:
-            return self._layout(*self._alike(end), KeptKeys(keep=torch.from_numpy(keep.copy()).to(self.device)))
-        return self._layout(*self._pieces(*real, end))
+            return self._layout(self._alike(end), KeptKeys(keep=torch.from_numpy(keep.copy()).to(self.device)))
+        return self._layout(self._pieces(*real, end))
 
     def _alike(self, end: int) -> tuple[np.ndarray, ...]:
         """What `_pieces` answers where nothing is padded."""
@@ -226,11 +228,9 @@ class Rules:
         numbers[:, :, at] = keys, first, stop
         return np.nonzero(kept)[0].astype(np.int32), rows[kept].astype(np.int32), *numbers[:, kept]
 
-    def _layout(
-        self, owner: np.ndarray, rows: np.ndarray, keys: np.ndarray, first: np.ndarray, stop: np.ndarray,
-        kept: fl.Variant | None = None,
-    ) -> Layout:  # fmt: skip
+    def _layout(self, pieces: tuple[np.ndarray, ...], kept: fl.Variant | None = None) -> Layout:
         """One request per piece."""
+        owner, rows, keys, first, stop = pieces
         firsts = first.tolist() if first.any() else None
         stops = stop.tolist() if (stop < keys).any() else None
         pattern = self.pattern
