@@ -51,7 +51,7 @@ CALLS = {
     "cuda": [(1, 1024, 16, False), (8, 1024, 16, False), (8, 1024, 16, True), (8, 4096, 16, False)],
     "cpu": [(1, 512, 32, False), (4, 512, 32, False), (4, 512, 32, True)],
 }
-REQUESTS, LONGEST = {"cuda": 32, "cpu": 8}, {"cuda": 1024, "cpu": 256}  # of generate_batch, prompt tokens
+REQUESTS, LONGEST = {"cuda": 16, "cpu": 8}, {"cuda": 1024, "cpu": 256}  # of generate_batch, prompt tokens
 PEER = "sdpa"
 NAMES = ("flashloom", PEER)
 WARM_UP = 2  # calls of each implementation before those that are timed
