@@ -11,7 +11,7 @@ import flashloom
 
 ROOT = Path(flashloom.__file__).parent
 LAYERS = [
-    {"settings", "target", "doctor"},
+    {"dataclass", "settings", "target", "doctor"},
     {"variant"},
     {"lower"},
     {"store"},

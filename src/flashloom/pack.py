@@ -38,6 +38,7 @@ def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch]
         here = [contextvars.copy_context() for _ in asked]  # with the records in force
         for _ in pool.map(lambda context, one: context.run(one[0].plan, one[1]), here, asked):
             pass
+    store.finish()
 
 
 class Pack:

@@ -18,9 +18,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flashloom.dataclass import dataclass
 
 __all__ = ["Settings", "check_world", "configure", "from_environment", "get"]
 

@@ -11,9 +11,9 @@ import ctypes
 import functools
 import platform
 import re
-from dataclasses import dataclass
 
 from flashloom import settings
+from flashloom.dataclass import dataclass
 
 __all__ = ["CPU_TARGETS", "Target", "cpu_features"]
 

@@ -5,12 +5,12 @@ request sits at `kv_len - q_len + i`, and lengths include the tokens of this ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from flashloom.dataclass import dataclass
 from flashloom.kv_cache.integers import INT32_MAX, Integers, cumulative, lengths, offsets, on_host, positive, to_int32
 from flashloom.kv_cache.pages import DenseKV, KVLayout
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.shape import HeadShape
+from flashloom.dataclass import dataclass
 from flashloom.kv_cache.cache import KV
 from flashloom.variant.expr import Program
 

@@ -8,13 +8,13 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import torch
 
 from flashloom.attention import pool
 from flashloom.attention.batch import Batch
 from flashloom.attention.kernels.triton.config import Config
+from flashloom.dataclass import dataclass
 from flashloom.kernel import cuda
 
 ITEM_WORDS, SCRATCH_ROWS, PLAN_BLOCK = 16, 6, 128

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from flashloom import store
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.triton import asked
@@ -115,14 +116,22 @@ class TritonExecutor:
         self.update(batch)
 
     def _build(self) -> None:
-        """All kernels that runs of this plan can meet, compiled side by side."""
+        """The kernels that runs of this plan can meet, loaded side by side. Where they must be compiled, plan() waits
+        for those of aligned tensors; the others, which take longer and are seldom met, follow meanwhile."""
         forms = self._forms(self.spec) if self._gpu else [Form(self.spec.out_dtype)]
         if getattr(self.tuned, "trial", False):  # for the tuner's own inputs, which are aligned
             forms = forms[:1]
-        asked_for = [asked.plan_kernel(self.spec, self.config, self._paged, self.target), *map(self._asked, forms)]
+        kernels = {form: self._asked(form) for form in forms}
+        later = [kernel for form, kernel in kernels.items() if form != forms[0] and not kernel.is_stored()]
+        asked_for = {form: kernel for form, kernel in kernels.items() if kernel not in later}
+        planner = asked.plan_kernel(self.spec, self.config, self._paged, self.target)
         with ThreadPoolExecutor(4) as pool:
-            self._planner, *made = pool.map(lambda kernel: launch.launcher(kernel, self.device), asked_for)
-        self._kernels = dict(zip(forms, made, strict=True))
+            self._planner, *made = pool.map(
+                lambda kernel: launch.launcher(kernel, self.device), [planner, *asked_for.values()]
+            )
+        self._kernels = dict(zip(asked_for, made, strict=True))
+        for kernel in later:  # after the others, whose compiling it would slow down
+            store.meanwhile(kernel.entry)
 
     @staticmethod
     def _forms(spec: AttentionSpec) -> list[Form]:

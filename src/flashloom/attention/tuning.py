@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from flashloom.attention.kernels.hopper import offered as hopper_offered
 from flashloom.attention.kernels.triton import asked as triton_asked
 from flashloom.attention.kernels.triton import config as triton_config
 from flashloom.attention.recorded import OPERATOR
+from flashloom.dataclass import dataclass
 from flashloom.kernel import NoCompiler
 from flashloom.kernel.cpp import find_compiler
 from flashloom.kernel.source import Source

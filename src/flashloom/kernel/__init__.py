@@ -1,11 +1,23 @@
 """How source becomes something that can be called: toolchains on top of the store."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flashloom.kernel.cpp import CompileError, NoCompiler
 from flashloom.store import Entry
 
+if TYPE_CHECKING:
+    from flashloom.kernel.compiler import NoCompiler
+    from flashloom.kernel.cpp import CompileError
+
 __all__ = ["CompileError", "Kernel", "NoCompiler"]
+
+
+def __getattr__(name: str) -> Any:
+    """The errors of the C++ toolchain, which GPU kernels do without."""
+    if name not in ("CompileError", "NoCompiler"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flashloom.kernel import cpp
+
+    return getattr(cpp, name)
 
 
 class Kernel(Protocol):

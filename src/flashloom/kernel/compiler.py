@@ -12,10 +12,10 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from typing import Any
 
 from flashloom import settings, store
+from flashloom.dataclass import dataclass
 from flashloom.store import notes
 
 __all__ = ["Compiler", "NoCompiler", "environment", "find_compiler"]

@@ -12,11 +12,12 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from flashloom import store
+from flashloom.dataclass import dataclass
 from flashloom.kernel.compiler import Compiler, NoCompiler, environment, find_compiler
 from flashloom.kernel.load import Module, load
 from flashloom.target import Target

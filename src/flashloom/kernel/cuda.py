@@ -11,7 +11,7 @@ import ctypes
 import functools
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from flashloom.store import Entry
 __all__ = ["CudaError", "Function", "Launch", "copy_to_device", "load", "stream_of"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _CONFIG = struct.Struct("=7I4xQQI4x")  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
 _FORMATS = {"fp32": "f4x", "i32": "i4x", "i64": "q"}
@@ -77,6 +78,17 @@ def copy_to_device(to: int, start: int, size: int, device: torch.device) -> None
             _check(code, f"copying {size} bytes to {device}")
 
 
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Within it a module may also be loaded while this thread captures a CUDA graph."""
+    mode = ctypes.c_int(_RELAXED)
+    _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
 class Function:
     """A kernel loaded on one device."""
 
@@ -85,7 +97,7 @@ class Function:
         self.threads, self.shared = entry.metadata["num_warps"] * 32, entry.metadata["shared"]
         if entry.metadata["global_scratch_size"] or entry.metadata["profile_scratch_size"]:
             raise CudaError(f"kernel {entry.label} wants scratch memory, which this launcher does not give")
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _loading():
             _use_context(device.index)
             module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
             _check(

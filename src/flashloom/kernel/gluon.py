@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from flashloom.dataclass import dataclass
 from flashloom.kernel import cuda
 from flashloom.kernel.triton import TritonKernel
 

@@ -8,11 +8,11 @@ import functools
 import hashlib
 import importlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import flashloom
+from flashloom.dataclass import dataclass
 
 __all__ = ["Named", "Number", "Source"]
 

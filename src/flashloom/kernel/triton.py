@@ -16,13 +16,13 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flashloom import store
+from flashloom.dataclass import dataclass
 from flashloom.kernel.source import Named, Source
 from flashloom.target import Target
 
@@ -111,6 +111,10 @@ class TritonKernel:
         return store.get_or_build(
             self.fields, self._build, toolchain=toolchain, label=f"triton {self.name} {self.target}"
         )
+
+    def is_stored(self) -> bool:
+        """Whether `entry()` compiles nothing."""
+        return store.is_stored(self.fields, toolchain)
 
     def compile(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(texts and binaries by stage, metadata), without a store and without Triton's cache folder."""

@@ -10,12 +10,13 @@ import importlib.util
 import math
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from flashloom.dataclass import dataclass
 from flashloom.variant import ranges
 from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, INT_BOUNDS, Expr, Param, Program, topological
 

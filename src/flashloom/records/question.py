@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
+from flashloom.dataclass import dataclass
 from flashloom.store.entry import Key, digest
 
 __all__ = ["Question", "bucket_of", "ceil_power"]

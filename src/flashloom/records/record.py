@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from flashloom.dataclass import dataclass
 from flashloom.store.entry import Key, digest
 
 __all__ = ["FORMAT", "STATUSES", "Record", "Rejected", "Tried", "parse"]

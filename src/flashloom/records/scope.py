@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashloom import settings
+from flashloom.dataclass import dataclass
 from flashloom.records.bundle import Bundle
 from flashloom.records.folder import Folder, Layer, Memory
 from flashloom.records.question import Question
@@ -45,7 +45,7 @@ log = logging.getLogger("flashloom")
 _KEPT = 16384  # answers remembered per scope; shapes reported as missed
 
 
-@dataclass
+@dataclass()
 class Counters:
     """What look-ups met. The middle four are misses of one layer; what a layer below has serves then, or the
     default."""

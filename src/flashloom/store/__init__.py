@@ -34,8 +34,11 @@ from flashloom.store.store import (
     SealedError,
     counters,
     default_folder,
+    finish,
     get_or_build,
     is_sealed,
+    is_stored,
+    meanwhile,
     seal,
 )
 
@@ -50,8 +53,11 @@ __all__ = [
     "counters",
     "default_folder",
     "digest",
+    "finish",
     "get_or_build",
     "is_sealed",
+    "is_stored",
+    "meanwhile",
     "seal",
     "use",
     "write_pack",

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
+
+from flashloom.dataclass import dataclass
 
 __all__ = ["FORMAT", "Corrupt", "Entry", "Key", "difference", "digest", "manifest_of", "parse_manifest"]
 

@@ -13,10 +13,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from flashloom import settings
+from flashloom.dataclass import dataclass
 from flashloom.store.entry import Corrupt, Key, parse_manifest
 from flashloom.store.folder import Folder
 from flashloom.store.locks import local_folder

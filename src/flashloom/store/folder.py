@@ -16,9 +16,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from flashloom.dataclass import dataclass
 from flashloom.store.entry import FORMAT, Corrupt, Entry, Key, manifest_of, parse_manifest, read_entry
 
 __all__ = ["Folder", "Refused"]

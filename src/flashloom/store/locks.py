@@ -14,9 +14,10 @@ import socket
 import stat
 import tempfile
 import time
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+from flashloom.dataclass import dataclass
 
 __all__ = ["Busy", "Lock", "Taken", "local_folder", "take"]
 
@@ -58,7 +59,7 @@ class Taken(Enum):
     NOT_AVAILABLE = "not available"
 
 
-@dataclass
+@dataclass()
 class Lock:
     """A lock that this process holds until ``release``."""
 

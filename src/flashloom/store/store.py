@@ -10,25 +10,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-import platformdirs
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashloom import settings
-from flashloom.store import evict
+from flashloom.dataclass import dataclass
 from flashloom.store.entry import Corrupt, Entry, Key, difference, digest, flat
 from flashloom.store.folder import Folder, Refused, bounded
-from flashloom.store.jobs import job_slot
-from flashloom.store.locks import Busy, Lock, local_folder, take
+
+if TYPE_CHECKING:
+    from flashloom.store.locks import Busy
 
 __all__ = ["Counters", "NoToolchain", "SealedError", "counters", "default_folder", "get_or_build", "is_sealed", "seal"]
 
@@ -48,7 +44,7 @@ class SealedError(RuntimeError):
     """A kernel is missing and nothing may be compiled now; the message says which field of the key missed."""
 
 
-@dataclass
+@dataclass()
 class Counters:
     """What the store did in this process."""
 
@@ -86,6 +82,7 @@ class _State:
         self.reset_locks()
 
     def reset_locks(self) -> None:
+        self.later: set[threading.Thread] = set()
         self.lock = threading.RLock()
         self.building: dict[Key, threading.RLock] = {}
 
@@ -101,7 +98,9 @@ def counters() -> Counters:
 
 
 def seal() -> None:
-    """From now on a kernel that would have to be compiled is a SealedError instead, for the rest of the process."""
+    """From now on a kernel that would have to be compiled is a SealedError instead, for the rest of the process. Waits
+    for what is being built meanwhile."""
+    finish()
     _state.sealed = True
 
 
@@ -115,7 +114,11 @@ def default_folder() -> Folder:
 
     Raises RuntimeError when there is no such folder.
     """
-    root = settings.get().cache_dir or Path(platformdirs.user_cache_dir("flashloom", appauthor=False))
+    root = settings.get().cache_dir
+    if root is None:
+        import platformdirs
+
+        root = Path(platformdirs.user_cache_dir("flashloom", appauthor=False))
     if not root.is_absolute():
         raise RuntimeError("this user has no home folder; FLASHLOOM_CACHE_DIR names another place")
     return Folder(root, trusted=is_trusted(root))
@@ -165,6 +168,41 @@ def get_or_build(
         return _build_or_share(key, Entry(key, label, fields, tools, {}, {}, missed=why, on_reject=_reject), build)
 
 
+def is_stored(fields: Mapping[str, Any], toolchain: Callable[[], Mapping[str, Any]]) -> bool:
+    """Whether asking for this builds nothing: there is an entry, or nothing may be built, or there is no compiler."""
+    request = Key.of(fields, {}).request
+    if is_sealed() or _state.on_miss_error or any(layer(request) for layer in list(_state.layers.values())):
+        return True
+    try:
+        key = Key.of(fields, toolchain())
+    except NoToolchain:
+        return True
+    return key in _state.memory or _is_published(key)
+
+
+def meanwhile(ask: Callable[[], Entry]) -> None:
+    """Ask for an entry in a thread of its own, since it will be wanted later. Whoever asks for it before it is there
+    waits for it; where building fails, that is who learns why."""
+
+    def work() -> None:
+        try:
+            ask()
+        except Exception as error:
+            log.info("what was built meanwhile failed: %s", error)
+        finally:
+            _state.later.discard(thread)
+
+    thread = threading.Thread(target=work, name="flashloom-meanwhile")
+    _state.later.add(thread)
+    thread.start()
+
+
+def finish() -> None:
+    """Wait for all that is built meanwhile."""
+    for thread in list(_state.later):
+        thread.join()
+
+
 def _refuse_if_sealed(label: str, why: str) -> None:
     if is_sealed():
         reason = "fl.seal() or FLASHLOOM_SEALED"
@@ -206,6 +244,9 @@ def _build_or_share(key: Key, blank: Entry, build: Callable[[Path], Mapping[str,
     briefly.
     """
     patience = settings.get().wait
+    from flashloom.store.jobs import job_slot  # where all is stored, nothing of building is imported
+    from flashloom.store.locks import Busy, Lock, take
+
     # who cannot publish has nothing to share, and waits for nobody
     path = None if _state.counters.unpublished else _lock_path(key)
     while True:
@@ -232,6 +273,8 @@ def _build_or_share(key: Key, blank: Entry, build: Callable[[Path], Mapping[str,
 
 
 def _lock_path(key: Key) -> Path | None:
+    from flashloom.store.locks import local_folder
+
     folder = local_folder()
     if folder is None:
         return None
@@ -243,6 +286,8 @@ def _lock_path(key: Key) -> Path | None:
 
 def _wait(key: Key, path: Path | None, busy: Busy, label: str, patience: float) -> float:
     """Wait until the entry is published, its builder is gone, or patience ends. Returns the seconds waited."""
+    from flashloom.store.locks import Busy, Lock, take
+
     _count(waits=1)
     log.info("waiting for %s, which is building %r", busy.holder, label)
     start = time.monotonic()
@@ -273,6 +318,11 @@ def _wait(key: Key, path: Path | None, busy: Busy, label: str, patience: float) 
 
 def _build(blank: Entry, build: Callable[[Path], Mapping[str, Any] | None]) -> Entry:
     """Build in a folder of its own on local disk, then publish; a store that fails costs nothing but its copy."""
+    import shutil
+    import tempfile
+
+    from flashloom.store.locks import local_folder
+
     folder = Path(tempfile.mkdtemp(prefix="build-", dir=local_folder()))
     start = time.monotonic()
     try:
@@ -299,6 +349,8 @@ def _publish(entry: Entry) -> Entry:
     """Put it into the folder. Where somebody was faster, theirs is used by all; where it cannot be, it stays in
     memory.
     """
+    from flashloom.store import evict
+
     written = on_disk("writing", lambda folder: folder.publish(entry))
     if written:
         on_disk("pruning", evict.after_publish)
@@ -382,6 +434,8 @@ def _warn(topic: str, message: str) -> None:
 
 def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any]) -> str:
     """What is different in the nearest entry. Looks at some of them: the compiler waits for this."""
+    from flashloom.store import evict
+
     asked = {**fields, "toolchain": toolchain}
     ours = flat(asked)
     best, fewest = None, 1 << 62

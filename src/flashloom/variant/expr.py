@@ -14,9 +14,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
+
+from flashloom.dataclass import dataclass
 
 BOOL, INT32, INT64, FLOAT = "bool", "int32", "int64", "float32"
 RANK = {BOOL: 0, INT32: 1, INT64: 2, FLOAT: 3}  # torch's promotion order

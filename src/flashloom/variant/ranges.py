@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from flashloom.dataclass import dataclass
 from flashloom.variant.expr import (
     BOOL,
     FALSE,

@@ -10,13 +10,13 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_origin
 
 import torch
 from typing_extensions import Self, dataclass_transform
 
+from flashloom.dataclass import dataclass
 from flashloom.variant import expr as ir
 from flashloom.variant.expr import BOOL, FLOAT, Expr, Param, Program
 from flashloom.variant.trace import AT_NAMES, At, Field, Symbol, TraceError, VectorSymbol, field_symbol, lift

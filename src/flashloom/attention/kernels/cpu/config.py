@@ -4,7 +4,9 @@ Pure: numbers in, numbers out. Zeros, the default, leave a choice to the kernels
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from flashloom.dataclass import dataclass
 
 __all__ = ["DEFAULT", "OFFERED", "Config", "candidates"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from flashloom.attention.kernels.hopper import config as sizes
 from flashloom.attention.kernels.hopper.config import Config, width
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.shape import HeadShape
+from flashloom.dataclass import dataclass
 from flashloom.kernel.gluon import GluonKernel, tensor_map_type
 from flashloom.kernel.source import Source
 from flashloom.kernel.triton import TritonKernel, pointer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from flashloom.dataclass import dataclass
 
 __all__ = ["ROWS", "Config", "box_rows", "choose", "pack", "width"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton.config import Config, Need, power_of_two, split
 from flashloom.attention.triton_blocks import LISTS
+from flashloom.dataclass import dataclass
 from flashloom.kernel.source import Number, Source
 from flashloom.kernel.triton import TritonKernel, interpreting, pointer
 from flashloom.lower import triton as lower

@@ -5,7 +5,9 @@ Pure: numbers in, numbers out. A tuner may search `candidates`; `choose` is what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from flashloom.dataclass import dataclass
 
 __all__ = ["OFFERED", "PAIRS", "Config", "Need", "candidates", "choose", "shared_limit", "split", "valid"]
 
