@@ -178,10 +178,9 @@ class Steps(transformers.LogitsProcessor):
         self.at.get(len(self.times), int)()
         return scores
 
-    def median(self) -> float | None:
-        """Seconds of the median step, prompt and first token aside; None where generate() was not asked."""
-        between = sorted(b - a for a, b in zip(self.times[1:], self.times[2:]))
-        return between[len(between) // 2] if between else None
+    def seconds(self) -> list[float]:
+        """Of each step, prompt and first token aside."""
+        return [b - a for a, b in zip(self.times[1:], self.times[2:])]
 
 
 def generate(model, ids: torch.Tensor, mask: torch.Tensor, name: str, new: int, steps: Steps) -> None:
@@ -225,7 +224,7 @@ def compare(call, device: str, new: int, batch: int, rounds: int, title: str) ->
     each, in which kernels are compiled, and in which cuDNN, behind SDPA, makes its plans for every length."""
     first: dict[str, float] = {}
     samples: dict[str, list[float]] = {name: [] for name in NAMES}
-    steps: dict[str, list[float]] = {name: [] for name in NAMES}
+    steps: dict[str, list[list[float]]] = {name: [] for name in NAMES}  # by call
     meanwhile = {name: Meanwhile() for name in NAMES}
     for i in range(WARM_UP + rounds):
         for name in NAMES if i % 2 else NAMES[::-1]:
@@ -240,7 +239,7 @@ def compare(call, device: str, new: int, batch: int, rounds: int, title: str) ->
                 first.setdefault(name, seconds)
             else:
                 samples[name].append(seconds)
-                steps[name] += [x for x in [clock.median()] if x is not None]
+                steps[name].append(clock.seconds())
     median = {name: statistics.median(s) for name, s in samples.items()}
     row = {
         "name": title,
@@ -254,14 +253,20 @@ def compare(call, device: str, new: int, batch: int, rounds: int, title: str) ->
         "tokens_per_s": {name: batch * new / s for name, s in median.items()},
     }
     print(f"{title}: {_times(samples, 1, 's')}, {row['times_faster']:.2f} x {PEER}", flush=True)
-    if all(steps.values()):
-        row["step_s"] = {
-            name: {"median": statistics.median(s), "low_high": [min(s), max(s)]} for name, s in steps.items()
-        }
-        row["step_times_faster"] = row["step_s"][PEER]["median"] / row["step_s"]["flashloom"]["median"]
-        print(f"    a step: {_times(steps, 1e3, 'ms')}, {row['step_times_faster']:.2f} x {PEER}")
-    first_calls = ", ".join(f"{name} {s:.2f} s" for name, s in first.items())
-    print(f"    first call: {first_calls}; CPU time {row['cpu_s']}; meanwhile {row['meanwhile']}", flush=True)
+    if all(map(all, steps.values())):
+        medians = {name: [statistics.median(call) for call in calls] for name, calls in steps.items()}
+        row["step_s"] = {name: statistics.median(x) for name, x in medians.items()}
+        row["step_low_high"] = {name: [min(x), max(x)] for name, x in medians.items()}  # of the calls' medians
+        row["slowest_step_s"] = {name: max(map(max, calls)) for name, calls in steps.items()}
+        row["step_times_faster"] = row["step_s"][PEER] / row["step_s"]["flashloom"]
+        print(f"    a step: {_times(medians, 1e3, 'ms')}, {row['step_times_faster']:.2f} x {PEER}")
+    for name in NAMES:
+        happened = ", ".join(f"{n} {what}" for what, n in meanwhile[name].found.items() if n) or "nothing else happened"
+        slowest = f", slowest step {row['slowest_step_s'][name] * 1e3:.1f} ms" if "step_s" in row else ""
+        print(
+            f"    {name}: first call {first[name]:.2f} s, CPU {row['cpu_s'][name]:.3f} s{slowest}; {happened}",
+            flush=True,
+        )
     return row
 
 
