@@ -1,4 +1,5 @@
-"""The Hopper kernel on a GPU: checked against float64, then timed beside torch's SDPA.
+"""The Hopper kernel on a GPU: checked against float64, then timed beside torch's SDPA and, where they are installed,
+FlashInfer and FlashAttention-4, whose outputs are compared with ours first.
 
     PYTHONPATH=src:. python benchmarks/gpu_prefill.py [result.json]
 
@@ -18,10 +19,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from benchmarks import flashinfer_prefill
+from benchmarks import gpu_peers as peers
 from tests.triton.cases import BF16, F16, Case, H, alibi, causal, check, gemma, holes, sinks, window
 
 import flashloom as fl
@@ -31,7 +34,7 @@ from flashloom.attention.kernels.hopper import asked, config
 from flashloom.attention.triton_executor import TritonExecutor
 from flashloom.target import Target
 
-ROUNDS, LIMIT = 11, 150
+ROUNDS, LIMIT, BOUND = 11, 150, 2e-2  # seconds, relative error of a peer
 Q_STAGES = config.q_stages
 G, M = H(32, 8, 128), H(16, 16, 128)
 
@@ -216,7 +219,7 @@ def _graph(call: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return lambda: (graph.replay(), call)[0]  # a graph needs alive what its call holds
 
 
 def _time(calls: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
@@ -271,56 +274,50 @@ def _plan(row: dict, changes: dict | None = None, executor: str = "hopper"):
     return (lambda: (replay(), plan, parts)[0]), out
 
 
-def _sdpa(row: dict, backend) -> Callable[[], None] | None:
-    from torch.nn.attention import sdpa_kernel
-
-    q, k, v = (x.view(len(row["q"]), -1, *x.shape[1:]).transpose(1, 2) for x in row["inputs"])
-    group = row["heads"].group
-
-    def call() -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=row["variant"] == "causal", enable_gqa=group > 1
-            )
-
-    try:
-        call()
-        return _graph(call)
-    except RuntimeError as error:
-        print(f"  no {backend}: {str(error)[:80]}")
-        return None
-
-
-def _flashinfer(row: dict) -> dict[str, Callable[[], None]]:
-    """FlashInfer's kernels that compute this row, by name."""
-    try:
-        import flashinfer  # noqa: F401
-    except ImportError:
-        return {}
-    names = []
-    if row["variant"] in ("causal", "full") and row["page"] in (0, 16) and row["heads"].dim <= 128:
-        names.append("paged" if row["page"] else "ragged")
-    if "decodes" in row["kind"]:
-        names.append("batch_attention")
-    found = {}
-    for name in names:
-        try:
-            call = row[name] = getattr(flashinfer_prefill, name)(row)  # the row keeps its workspace
-            found[f"flashinfer {name}"] = _graph(call)
-        except Exception as error:  # a peer that cannot do a row is no reason to stop
-            print(f"  no flashinfer {name}: {str(error)[:160]}", flush=True)
+def _peers(row: dict) -> dict[str, peers.Maker]:
+    """What else computes this row, by name."""
+    heads, variant, page = row["heads"], row["variant"], row["page"]
+    plain, found = variant in ("causal", "full"), {}
+    if plain and row["q"] == [row["kv"][0]] * len(row["kv"]) and not page:
+        dense = [x.view(len(row["q"]), -1, *x.shape[1:]).transpose(1, 2) for x in row["inputs"]]
+        made = peers.sdpa(dense[0], [dense[1:]], variant == "causal")
+        found = {name.removeprefix("sdpa "): make for name, make in made.items()}
+    names = ["paged" if page else "ragged"] if plain and page in (0, 16) and heads.dim <= 128 else []
+    names += ["batch_attention"] if "decodes" in row["kind"] else []
+    for name in names if peers.FLASHINFER else ():
+        found[f"flashinfer {name}"] = partial(_flashinfer, name, row)
+    if plain or variant == "softcap":
+        softcap = 30.0 if variant == "softcap" else 0.0
+        parts, order = (row["parts"], row["order"]) if page else (row["inputs"][1:], None)
+        lengths = (row["q"], row["kv"], variant != "full")
+        found |= peers.fa4(heads, *lengths, row["inputs"][0], [parts], order, page, softcap)
     return found
 
 
-def time_rows(path: str) -> None:
-    """Time every row and print a table; in TFLOP/s."""
-    from torch.nn.attention import SDPBackend
+def _flashinfer(name: str, row: dict) -> tuple[peers.Call, list[peers.Call]]:
+    call = getattr(flashinfer_prefill, name)(row)
+    return call, [call]
 
+
+def time_rows(path: str, resume: bool) -> None:
+    """Time every row and print a table; in TFLOP/s."""
     import triton
 
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    results = []
+    result: dict = {"machine": machine | peers.versions(), "rounds": ROUNDS, "left_out": {}, "rows": []}
+    if resume:
+        saved = json.loads(Path(path).read_text())
+        result |= {name: saved[name] for name in ("left_out", "rows")}
+    done = {entry["row"] for entry in result["rows"]}
+
+    def save() -> None:
+        Path(path).write_text(json.dumps(result, indent=1))
+
+    set_up = peers.SetUp(result["left_out"], save, lambda calls: _graph(calls[0]))
+    result["set_up_s"] = set_up.seconds
     for row in _rows():
+        if row["name"] in done:
+            continue
         heads = row["heads"]
         shapes = [(sum(row["q"]), heads.q_heads, heads.dim), *[(sum(row["kv"]), heads.kv_heads, heads.dim)] * 2]
         row["inputs"] = [torch.randn(shape, device="cuda", dtype=BF16) for shape in shapes]
@@ -330,12 +327,15 @@ def time_rows(path: str) -> None:
             calls[name], outs[name] = _plan(row, changes)
         if _against_triton(row):
             calls["triton"], outs["triton"] = _plan(row, executor="triton")
-        if row["variant"] in ("causal", "full") and row["q"] == [row["kv"][0]] * len(row["kv"]) and not row["page"]:
-            for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-                call = _sdpa(row, backend)
-                if call is not None:
-                    calls[name] = call
-        calls |= _flashinfer(row)
+        calls["flashloom"]()
+        errors, left_out = {}, {}
+        for name, make in _peers(row).items():
+            got = set_up(name, make, outs["flashloom"], BOUND)
+            if isinstance(got, str):
+                left_out[name] = got
+                print(f"  {name}: {got}", flush=True)
+            else:
+                calls[name], errors[name] = got
         samples = _time(calls)
         for name, out in outs.items():
             assert not out.isnan().any(), (name, row["name"])
@@ -348,10 +348,12 @@ def time_rows(path: str) -> None:
             entry[name] = {
                 "tflops": flops / middle * 1e-12, "median_s": middle, "spread": (quarter[2] - quarter[0]) / middle,
             }  # fmt: skip
-        results.append(entry)
-        Path(path).write_text(json.dumps({"machine": machine, "rounds": ROUNDS, "rows": results}, indent=1))
+            if name in errors:
+                entry[name]["error"] = errors[name]
         print(entry["row"].ljust(40), *(f"{n} {x['tflops']:.0f}" for n, x in entry.items() if n != "row"), flush=True)
-        for name in ("inputs", "parts", "order", "ragged", "paged", "batch_attention"):
+        result["rows"].append(entry | ({"left_out": left_out} if left_out else {}))
+        save()
+        for name in ("inputs", "parts", "order"):
             row.pop(name, None)
         del calls, outs
 
@@ -374,14 +376,15 @@ def main() -> None:
         print(f"{name}: exit {step.returncode}\n{text[-3500:]}", flush=True)
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
     if ok or "--time" in sys.argv:
-        subprocess.run([sys.executable, __file__, "--rows", path], timeout=2 * LIMIT, check=True)
+        ok = peers.supervise([sys.executable, __file__, "--rows", path], 2 * LIMIT) == 0 and ok
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
+    sys.exit(0 if ok else 1)
 
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
         check_group(sys.argv[-1])
     elif "--rows" in sys.argv:
-        time_rows(sys.argv[-1])
+        time_rows(sys.argv[sys.argv.index("--rows") + 1], "--resume" in sys.argv)
     else:
         main()
