@@ -199,17 +199,28 @@ class Rules:
                 f"{pattern}: flashloom cannot place them; use attn_implementation='sdpa'"
             )
         if self.keep is None:
-            return self._layout(self._alike(end))
+            return self._alike(end)
         keep = self.keep[:, :end]
         real = _intervals(keep)
         if real is None:
-            return self._layout(self._alike(end), KeptKeys(keep=torch.from_numpy(keep.copy()).to(self.device)))
-        return self._layout(self._pieces(*real, end))
+            return self._alike(end, kept=KeptKeys(keep=torch.from_numpy(keep.copy()).to(self.device)))
+        first, stop = real
+        if pattern.causal and (stop == end).all() and (first <= self.first_row).all():  # padded on the left, decoding
+            return self._alike(end, first.tolist() if first.any() else None)
+        owner, rows, keys, first, stop = self._pieces(*real, end)
+        own = None if owner.size == self.requests else owner  # otherwise each sequence is one piece
+        kv = fl.DenseKV(owner.size, self.kv_length, keys, rows=own)
+        batch = fl.Batch.decode(kv) if (rows == 1).all() else fl.Batch(rows, kv=kv)
+        firsts = first.tolist() if first.any() else None
+        stops = stop.tolist() if (stop < keys).any() else None
+        return Layout(batch, self._posed(owner, firsts, stops))
 
-    def _alike(self, end: int) -> tuple[np.ndarray, ...]:
-        """What `_pieces` answers where nothing is padded."""
+    def _alike(self, end: int, firsts: list[int] | None = None, kept: fl.Variant | None = None) -> Layout:
+        """Each sequence is one request, with `end` keys."""
         n = self.requests
-        return np.arange(n, dtype=np.int32), _filled(n, self.q_length), *(_filled(n, x) for x in (end, 0, end))
+        kv = fl.DenseKV(n, self.kv_length, np.full(n, end))
+        batch = fl.Batch.decode(kv) if self.q_length == 1 else fl.Batch([self.q_length] * n, kv=kv)
+        return Layout(batch, self._posed(range(n), firsts, None, kept))
 
     def _pieces(self, first: np.ndarray, stop: np.ndarray, end: int) -> tuple[np.ndarray, ...]:
         """Sequences whose real keys are first:stop, cut into pieces: the sequence, the query rows, the keys that these
@@ -220,19 +231,20 @@ class Rules:
         elif self.pattern.positional:  # rows before the first real key, and the others
             blind = np.clip(first - self.first_row, 0, length) if self.pattern.causal else np.zeros_like(first)
             blind = np.where(first < stop, blind, length)
-            rows, at, keys = np.stack([blind, length - blind], 1), 1, _filled(n, end)
+            rows, at, keys = np.stack([blind, length - blind], 1), 1, np.full(n, end)
         else:
-            rows, at, keys = _filled(n, length)[:, None], 0, stop
+            rows, at, keys = np.full((n, 1), length), 0, stop
         kept = rows > 0
         numbers = np.zeros((3, *rows.shape), dtype=np.int32)
         numbers[:, :, at] = keys, first, stop
         return np.nonzero(kept)[0].astype(np.int32), rows[kept].astype(np.int32), *numbers[:, kept]
 
-    def _layout(self, pieces: tuple[np.ndarray, ...], kept: fl.Variant | None = None) -> Layout:
-        """One request per piece."""
-        owner, rows, keys, first, stop = pieces
-        firsts = first.tolist() if first.any() else None
-        stops = stop.tolist() if (stop < keys).any() else None
+    def _posed(
+        self, owner: Sequence[int] | np.ndarray, firsts: list[int] | None, stops: list[int] | None,
+        kept: fl.Variant | None = None,
+    ) -> Posed:  # fmt: skip
+        """The variant of requests that are pieces of these sequences, of which only keys from `firsts` to `stops` are
+        real. One of those that were made for the same numbers, where the pattern is nothing but numbers."""
         pattern = self.pattern
         start = None
         if pattern.chunk is not None:
@@ -246,7 +258,7 @@ class Rules:
             if start is not None:
                 variant = variant & SameChunk(size=start[0], start=self._integers(start[1:]))
             if pattern.documents is not None:
-                documents = pattern.documents.to(self.device)[torch.from_numpy(owner).to(self.device)].int()
+                documents = pattern.documents.to(self.device)[self._integers(list(owner))].int()
                 variant = variant & SameDocument(documents=documents)
             if firsts is not None:
                 variant = variant & FirstKey(first=self._integers(firsts))
@@ -255,13 +267,9 @@ class Rules:
             return Posed(variant if kept is None else variant & kept)
 
         if kept is not None or pattern.documents is not None:
-            found = posed()
-        else:
-            key = (pattern.causal, pattern.left, pattern.right, start, *(x and tuple(x) for x in (firsts, stops)))
-            found = VARIANTS.get((*key, self.device), posed)
-        own = None if owner.size == self.requests else torch.from_numpy(owner)  # without pieces each is its own
-        kv = fl.DenseKV(owner.size, self.kv_length, torch.from_numpy(np.ascontiguousarray(keys)), rows=own)
-        return Layout(fl.Batch(q_lens=torch.from_numpy(rows), kv=kv), found)
+            return posed()
+        key = (pattern.causal, pattern.left, pattern.right, start, *(x and tuple(x) for x in (firsts, stops)))
+        return VARIANTS.get((*key, self.device), posed)
 
     def _integers(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int32, device=self.device)
@@ -353,10 +361,6 @@ def _intervals(keep: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     count, first = keep.sum(1), keep.argmax(1)
     last = np.where(count, keep.shape[1] - keep[:, ::-1].argmax(1), 0)
     return None if (last - first != count).any() else (first, last)
-
-
-def _filled(n: int, number: int) -> np.ndarray:
-    return np.full(n, number, dtype=np.int32)
 
 
 def _captured(function: Callable) -> dict[str, Any]:
