@@ -107,6 +107,23 @@ def test_a_monitor_sees_repeated_calls():
 
 
 @torch.no_grad()
+def test_a_compiled_caller_breaks_its_graph():
+    mask, graphs = masks.flashloom_mask(2, 1, 9, 8), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def twice(q, k, v):
+        return flashloom_attention(MODULE, q * 2, k, v, mask, scaling=0.25)[0] * 2
+
+    q, k, v = tensors()
+    torch.testing.assert_close(twice(q, k, v), expected(q * 2, k, v) * 2)
+    assert len(graphs) == 2
+
+
+@torch.no_grad()
 def test_threads_that_share_a_mask_share_no_plan():
     mask, found = masks.flashloom_mask(2, 1, 9, 8), {}
 

@@ -69,7 +69,6 @@ def _is_flash_attention_requested(config=None, requested_attention_implementatio
     return _asks_for_flash_attn(config, requested_attention_implementation, version)  # type: ignore[name-defined] # noqa: F821
 
 
-@torch.compiler.disable  # plans are Python objects: a compiled model breaks its graph here
 def flashloom_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -101,6 +100,11 @@ def flashloom_attention(
     Raises:
         NotImplementedError: for dropout, attention weights and position_bias.
     """
+    if torch.compiler.is_compiling():  # plans are Python objects: a compiled model breaks its graph here
+        return _out_of_graphs(
+            module, query, key, value, attention_mask, scaling, dropout, is_causal, sliding_window, softcap, s_aux,
+            position_bias, **kwargs,
+        )  # fmt: skip
     if dropout:
         raise NotImplementedError(
             f"dropout={dropout}: flashloom computes inference; call model.eval() or use 'sdpa' to train"
@@ -132,3 +136,6 @@ def flashloom_attention(
     if s_aux is None and variant_of_layer is None and q.data_ptr() == query.data_ptr():
         layout.keep(plan, query, key, value, out, scaling, softcap)
     return out, None
+
+
+_out_of_graphs = torch.compiler.disable(flashloom_attention)  # costs microseconds in every call
