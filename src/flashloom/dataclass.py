@@ -112,18 +112,8 @@ class _Signature:
     """What help() and inspect.signature() show of a class; made when they ask."""
 
     def __get__(self, instance: object, owner: type) -> Any:
+        import copy
         import inspect
 
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        fields = dataclasses.fields(owner)
-        return inspect.Signature(
-            [inspect.Parameter(f.name, kind, default=_default(f), annotation=f.type) for f in fields]
-        )
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    import inspect
-
-    if f.default is not dataclasses.MISSING:
-        return f.default
-    return inspect.Parameter.empty if f.default_factory is dataclasses.MISSING else f.default_factory
+        fields = [(f.name, f.type, copy.copy(f)) for f in dataclasses.fields(owner)]
+        return inspect.signature(dataclasses.make_dataclass(owner.__name__, fields))

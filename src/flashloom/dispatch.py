@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -54,17 +54,15 @@ def only(name: str | None) -> Iterator[None]:
         _only.reset(token)
 
 
-def choose(spec: AttentionSpec, device: torch.device) -> list[tuple[type[Executor], str | None]]:
+def choose(spec: AttentionSpec, device: torch.device) -> Iterable[tuple[type[Executor], str | None]]:
     """The executors for this device in order of preference, each with the reason why it cannot serve the spec, or
-    None."""
+    None. One is imported when it is reached."""
     if device.type not in ATTENTION:
         raise ValueError(f"device {device}: flashloom computes on {' and '.join(ATTENTION)}; move the tensors there")
     chosen = _only.get()
-    answers: list[tuple[type[Executor], str | None]] = []
     for executor in map(_find, ATTENTION[device.type]):
         wanted = chosen is None or executor.name == chosen
-        answers.append((executor, executor.refuses(spec, device) if wanted else f"only {chosen!r} was asked for"))
-    return answers
+        yield executor, executor.refuses(spec, device) if wanted else f"only {chosen!r} was asked for"
 
 
 def kernels(spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int) -> list[Kernel]:

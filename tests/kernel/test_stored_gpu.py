@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ import flashloom as fl
 from flashloom import dispatch, settings, store
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.hopper import asked as hopper
-from flashloom.kernel import source
+from flashloom.kernel import cuda, launch, source
+from flashloom.kernel.resident import Resident
 from flashloom.store import store as store_module
 from flashloom.target import Target
 
@@ -176,3 +179,125 @@ def test_hopper_kernels_are_identified_without_triton():
 def hopper_fields() -> str:
     chosen = hopper.choose(spec(), 1000, 16)
     return store.digest(hopper.attend_kernel(spec(), hopper.Form(BF16), chosen, 16, Target("sm90")).fields)
+
+
+FIRST = """
+import contextlib, sys, types
+import torch
+import flashloom as fl
+settled = set(sys.modules)
+attention = fl.Attention(fl.HeadShape(4, 1, 64), variant=fl.causal, dtype=torch.bfloat16, device="cpu")
+batch = fl.Batch.decode(fl.PageTable.from_csr([0, 1], [0], [1], page_size=16))
+
+from flashloom import dispatch, store
+from flashloom.kernel import cuda, launch
+from flashloom.target import Target
+
+class Driver:
+    def __getattr__(self, name):
+        return lambda *arguments: 0
+
+cuda._driver = lambda driver=Driver(): driver
+cuda._use_context = lambda index: None
+torch.cuda.device = lambda device: contextlib.nullcontext()
+torch.cuda.synchronize = lambda: None
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+
+gpu = types.SimpleNamespace(type="cuda", index=0)
+executors = iter(dispatch.choose(attention.spec, gpu))
+hopper, triton = next(executors)[0], next(executors)[0]
+assert "queries are few" in hopper.declines(attention.spec, batch)
+planner, *forms = triton.kernels(attention.spec, Target("sm90"), 1, 1, 16)[:3]
+loaded, others = launch.launchers([planner, *forms[:1]], gpu, forms[1:])
+assert len(loaded) == 2 and None not in others
+assert store.counters() == store.Counters(hits=3)
+print(*sorted(set(sys.modules) - settled))
+"""
+
+
+def test_a_first_decode_from_the_store_imports_nothing_that_builds(tmp_path, monkeypatch):
+    """What is imported is most of the time of a first call."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(settings, "_current", settings.Settings(cache_dir=tmp_path))
+    monkeypatch.setattr(store_module, "_state", store_module._State())
+    for kernel in dispatch.kernels(spec(), Target("sm90"), 1, 1, 16)[:3]:
+        kernel.entry()
+    environment = {**os.environ, "FLASHLOOM_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(fl.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", FIRST], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split())
+    assert "flashloom.attention.triton_executor" in imported
+    idle = (
+        "attention.reference", "attention.cpu", "attention.blocks", "bench", "kernel.cpp", "kernel.gluon", "lower.cpp",
+        "lower.gluon", "lower.torch", "store.evict", "store.jobs", "store.locks", "tune", "variant.flex",
+    )  # fmt: skip
+    heavy = {"triton", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "transformers", "platformdirs"}
+    assert not imported & {*heavy, *(f"flashloom.{name}" for name in idle)}
+    assert len([name for name in imported if name.startswith("flashloom.")]) <= 56
+
+
+class Loaded:
+    def __init__(self, entry, device):
+        self.entry = entry
+
+
+class Slow:
+    """Kernels that are compiled when they are told to be."""
+
+    def __init__(self, name: str, may: bool = True):
+        self.name, self.may, self.fields, self.signature = name, may, {"name": name}, {}
+        self.asked, self.go = [], threading.Event()
+
+    def stored(self):
+        return None
+
+    def may_build(self):
+        return self.may
+
+    def build_meanwhile(self):
+        store.meanwhile(self.entry)
+
+    def entry(self):
+        self.asked.append(threading.current_thread().name)
+        assert self.go.wait(30)
+        return SimpleNamespace(label=self.name)
+
+
+def test_kernels_that_are_seldom_met_are_compiled_meanwhile(monkeypatch):
+    monkeypatch.setattr(cuda, "_functions", Resident(lambda: 8))
+    monkeypatch.setattr(cuda, "Function", Loaded)
+    monkeypatch.setattr(cuda, "Launch", lambda function, types: function)
+    monkeypatch.setattr(store_module, "_state", store_module._State())
+    first, other = Slow("first"), Slow("other")
+    first.go.set()
+    gpu = SimpleNamespace(type="cuda", index=0)
+    (made,), (later,) = launch.launchers([first], gpu, [other])
+    assert made.entry.label == "first"
+    assert later is None
+    sealing = threading.Thread(target=store.seal)  # waits for what was begun
+    sealing.start()
+    sealing.join(0.2)
+    assert sealing.is_alive()
+    assert not store.is_sealed()
+    other.go.set()
+    sealing.join(30)
+    assert store.is_sealed()
+    assert other.asked == ["flashloom-meanwhile"]
+
+
+def test_what_may_not_be_compiled_is_asked_for_at_once(monkeypatch):
+    monkeypatch.setattr(cuda, "_functions", Resident(lambda: 8))
+
+    class Refused(Slow):
+        def entry(self):
+            raise fl.SealedError(self.name)
+
+    with pytest.raises(fl.SealedError, match="other"):
+        launch.launchers([], SimpleNamespace(type="cuda", index=0), [Refused("other", may=False)])
+
+
+def test_what_fails_meanwhile_is_told_to_who_asks(monkeypatch):
+    monkeypatch.setattr(store_module, "_state", store_module._State())
+    store.meanwhile(lambda: 1 / 0)
+    store.finish()
+    assert not store_module._state.later

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,11 +19,14 @@ from flashloom.attention.kernels.hopper.asked import Form
 from flashloom.attention.rows import steps
 from flashloom.attention.triton_buffers import PLAN_BLOCK, Buffers, Sizes, Staging
 from flashloom.attention.triton_executor import TritonExecutor
-from flashloom.kernel import gluon, launch
+from flashloom.kernel import cuda, launch
 from flashloom.kernel.triton import TritonKernel
 from flashloom.kv_cache.cache import KV
 from flashloom.kv_cache.pages import PageTable
 from flashloom.target import Target
+
+if TYPE_CHECKING:
+    from flashloom.kernel import gluon
 
 __all__ = ["HopperExecutor"]
 
@@ -63,6 +66,8 @@ class HopperExecutor(TritonExecutor):
 
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Choose the config, build the kernels, allocate the buffers and write the first partition."""
+        from flashloom.kernel import gluon  # a process that only decodes does without
+
         spec, heads = self.spec, self.spec.heads
         self._paged, self._ragged = isinstance(batch.kv, PageTable), batch.ragged
         self._table_page = batch.page_size
@@ -90,6 +95,8 @@ class HopperExecutor(TritonExecutor):
             self._planner = planner.result()
 
     def _attend(self, form: Form) -> gluon.MapLaunch:
+        from flashloom.kernel import gluon
+
         try:
             kernel = asked.attend_kernel(self.spec, form, self._config, self._page, self.target)
             return gluon.launcher(kernel, self.device)
@@ -217,7 +224,7 @@ class HopperExecutor(TritonExecutor):
         self._last, self._last_maps, self._lse_place = kernel, maps, 0 if lse is None else lse.data_ptr()
         try:
             first = self._place(*places)
-        except gluon.NoMap as error:
+        except cuda.NoMap as error:
             _log.warning("flashloom: %s; Triton kernels compute this instead", error)
             self._otherwise(q, kv, out, lse, sm_scale, partial, values)
             return

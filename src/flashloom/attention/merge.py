@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 
-from flashloom.lower.torch import evaluate
 from flashloom.variant.expr import inputs_of
 from flashloom.variant.variant import Variant
 
@@ -77,6 +76,8 @@ def _transform(variant: Variant, out: torch.Tensor, lse: torch.Tensor | None) ->
     }
     if lse is not None:
         inputs["lse"] = lse.unsqueeze(-1)
+    from flashloom.lower.torch import evaluate
+
     return evaluate(variant.program, "output", inputs, variant.values, out.dtype).expand_as(out)
 
 

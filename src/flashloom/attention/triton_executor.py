@@ -7,13 +7,11 @@ through Triton's interpreter."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashloom import store
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
 from flashloom.attention.kernels.triton import asked
@@ -21,13 +19,15 @@ from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
 from flashloom.attention.overlap import Apart
 from flashloom.attention.rows import steps
-from flashloom.attention.triton_blocks import Pattern
 from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
 from flashloom.kernel import launch
 from flashloom.kernel.triton import TritonKernel, interpreting
 from flashloom.kv_cache.cache import KV
 from flashloom.target import Target
 from flashloom.variant.expr import Program
+
+if TYPE_CHECKING:
+    from flashloom.attention.triton_blocks import Pattern
 
 __all__ = ["TritonExecutor"]
 
@@ -82,6 +82,8 @@ class TritonExecutor:
     def plan(self, batch: Batch, reserve: Reserve | None) -> None:
         """Choose the config, build the kernels, allocate the buffers and write the first partition."""
         if batch.blocks is not None:
+            from flashloom.attention.triton_blocks import Pattern
+
             self._pattern, self._own = Pattern(batch, self.device), self.spec.program
             self.spec = replace(self.spec, program=self._pattern.program(self.spec.program))
         spec, heads = self.spec, self.spec.heads
@@ -121,17 +123,11 @@ class TritonExecutor:
         forms = self._forms(self.spec) if self._gpu else [Form(self.spec.out_dtype)]
         if getattr(self.tuned, "trial", False):  # for the tuner's own inputs, which are aligned
             forms = forms[:1]
-        kernels = {form: self._asked(form) for form in forms}
-        later = [kernel for form, kernel in kernels.items() if form != forms[0] and not kernel.is_stored()]
-        asked_for = {form: kernel for form, kernel in kernels.items() if kernel not in later}
+        first, *others = [self._asked(form) for form in forms]
         planner = asked.plan_kernel(self.spec, self.config, self._paged, self.target)
-        with ThreadPoolExecutor(4) as pool:
-            self._planner, *made = pool.map(
-                lambda kernel: launch.launcher(kernel, self.device), [planner, *asked_for.values()]
-            )
-        self._kernels = dict(zip(asked_for, made, strict=True))
-        for kernel in later:  # after the others, whose compiling it would slow down
-            store.meanwhile(kernel.entry)
+        (self._planner, aligned), made = launch.launchers([planner, first], self.device, others)
+        made.insert(0, aligned)
+        self._kernels = {form: kernel for form, kernel in zip(forms, made, strict=True) if kernel is not None}
 
     @staticmethod
     def _forms(spec: AttentionSpec) -> list[Form]:

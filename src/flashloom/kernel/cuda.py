@@ -20,7 +20,7 @@ from flashloom import settings, store
 from flashloom.kernel.resident import Resident
 from flashloom.store import Entry
 
-__all__ = ["CudaError", "Function", "Launch", "copy_to_device", "load", "stream_of"]
+__all__ = ["CudaError", "Function", "Launch", "NoMap", "copy_to_device", "load", "stream_of"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -31,6 +31,10 @@ _FORMATS = {"fp32": "f4x", "i32": "i4x", "i64": "q"}
 
 class CudaError(RuntimeError):
     """The CUDA driver refused a call."""
+
+
+class NoMap(CudaError):
+    """The driver makes no tensor map of a tensor."""
 
 
 @functools.lru_cache
@@ -129,16 +133,29 @@ _functions: Resident[Function] = Resident(lambda: settings.get().resident)
 def load(kernel: Any, device: torch.device) -> Function:
     """The kernel (a `TritonKernel`) on this device; from the store, or compiled now. One module per kernel and device
     in a process."""
+    return _functions.get(_key(kernel, device), lambda: _load(kernel, kernel.entry(), device))
 
-    def make() -> Function:
-        entry = kernel.entry()
-        try:
-            return Function(entry, device)
-        except CudaError as error:
-            entry.reject(str(error))
-            return Function(kernel.entry(), device)
 
-    return _functions.get((store.digest(kernel.fields), device.index), make)
+def find(kernel: Any, device: torch.device) -> Function | None:
+    """The same if it is loaded or stored; nothing is compiled."""
+    key = _key(kernel, device)
+    found = _functions.peek(key)
+    if found is None:
+        entry = kernel.stored()
+        return None if entry is None else _functions.get(key, lambda: _load(kernel, entry, device))
+    return found
+
+
+def _key(kernel: Any, device: torch.device) -> tuple[str, int]:
+    return store.digest(kernel.fields), device.index
+
+
+def _load(kernel: Any, entry: Entry, device: torch.device) -> Function:
+    try:
+        return Function(entry, device)
+    except CudaError as error:
+        entry.reject(str(error))
+        return Function(kernel.entry(), device)
 
 
 class Launch:

@@ -18,7 +18,7 @@ from flashloom.dataclass import dataclass
 from flashloom.kernel import cuda
 from flashloom.kernel.triton import TritonKernel
 
-__all__ = ["GluonKernel", "MapLaunch", "NoMap", "TensorMaps", "launcher", "tensor_map_type"]
+__all__ = ["GluonKernel", "MapLaunch", "TensorMaps", "launcher", "tensor_map_type"]
 
 SWIZZLE_BYTES = 128
 MAP_BYTES = 128
@@ -28,10 +28,6 @@ _SWIZZLE_128B, _PROMOTE_128B = 3, 2
 _INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _KEPT, _ADDRESSES = 1024, 256  # forms of tensors, and tensors of one form
-
-
-class NoMap(cuda.CudaError):
-    """The driver makes no tensor map of a tensor."""
 
 
 def tensor_map_type(box: Sequence[int], dtype: torch.dtype) -> str:
@@ -86,7 +82,7 @@ class TensorMaps:
         )  # fmt: skip
         what = f"encoding a tensor map of sizes {sizes}, strides {strides} elements at {address:#x}"
         if code == _INVALID_VALUE:
-            raise NoMap(f"{what} failed: these are values that the CUDA driver does not take")
+            raise cuda.NoMap(f"{what} failed: these are values that the CUDA driver does not take")
         cuda._check(code, what)
         return ctypes.string_at(place, MAP_BYTES)
 

@@ -35,5 +35,9 @@ class Resident(Generic[T]):
                 del self._recent[next(iter(self._recent))]
             return value
 
+    def peek(self, key: Hashable) -> T | None:
+        """The value of a key if it is alive."""
+        return self._alive.get(key)
+
     def __len__(self) -> int:
         return len(self._alive)

@@ -7,19 +7,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import flashloom
 from flashloom.dataclass import dataclass
 
 __all__ = ["Named", "Number", "Source"]
 
-_IMPORT = re.compile(r"^\s*(?:from (\S+) import \(?([^#)\n]*)|import (\S+))", re.MULTILINE)
 
-
-@runtime_checkable
 class Named(Protocol):
     """Something of a kernel that is known by what it says, and turned into Triton's object when it is compiled."""
 
@@ -83,12 +80,23 @@ def files_of(module: str) -> dict[str, bytes]:
         if name in found or path is None:
             continue
         found[name] = path.read_bytes()
-        for source, names, plain in _IMPORT.findall(found[name].decode()):
-            if source.startswith("."):
+        for imported in _imports(found[name].decode()):
+            if imported.startswith("."):
                 raise ValueError(f"{name} has a relative import; kernel files name modules in full, to be identified")
-            parts = [part.split()[0] for part in names.split(",") if part.strip()]
-            waiting += [plain] if plain else [source, *(f"{source}.{part}" for part in parts)]
+            waiting.append(imported)
     return found
+
+
+def _imports(text: str) -> Iterator[str]:
+    """What lines of `import a.b` and `from a.b import c, d` may name: modules, and names in them."""
+    for line in text.splitlines():
+        words = line.split(None, 3)
+        if len(words) == 4 and words[0] == "from" and words[2] == "import":
+            yield words[1]
+            names = words[3].removeprefix("(").partition("#")[0].partition(")")[0]
+            yield from (f"{words[1]}.{part.split()[0]}" for part in names.split(",") if part.strip())
+        elif len(words) > 1 and words[0] == "import":
+            yield words[1]
 
 
 def _path(module: str) -> Path | None:

@@ -23,7 +23,7 @@ import torch
 
 from flashloom import store
 from flashloom.dataclass import dataclass
-from flashloom.kernel.source import Named, Source
+from flashloom.kernel.source import Source
 from flashloom.target import Target
 
 __all__ = ["POINTERS", "TritonKernel", "interpreting", "pointer"]
@@ -112,9 +112,17 @@ class TritonKernel:
             self.fields, self._build, toolchain=toolchain, label=f"triton {self.name} {self.target}"
         )
 
-    def is_stored(self) -> bool:
-        """Whether `entry()` compiles nothing."""
-        return store.is_stored(self.fields, toolchain)
+    def stored(self) -> store.Entry | None:
+        """The compiled kernel if it is stored."""
+        return store.find(self.fields, toolchain)
+
+    def may_build(self) -> bool:
+        """Whether it is compiled where it is missing."""
+        return store.may_build(toolchain)
+
+    def build_meanwhile(self) -> None:
+        """Begin to compile it in a thread of its own, for the one who will ask for it."""
+        store.meanwhile(self.entry)
 
     def compile(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(texts and binaries by stage, metadata), without a store and without Triton's cache folder."""
@@ -157,7 +165,7 @@ class TritonKernel:
 
     def loaded_constants(self) -> dict[str, Any]:
         """The constants as Triton takes them."""
-        return {name: value.load() if isinstance(value, Named) else value for name, value in self.constants.items()}
+        return {name: value.load() if hasattr(value, "identity") else value for name, value in self.constants.items()}
 
     def _build(self, folder: Path) -> dict[str, Any]:
         results, metadata = self.compile()
@@ -204,6 +212,6 @@ def _constant(value: Any) -> Any:
     """A constant as JSON."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Named):
+    if hasattr(value, "identity"):  # a `Named`
         return value.identity
     raise TypeError(f"the constant {value!r} of a kernel has no identity: give a number, a text, or a Named")

@@ -43,7 +43,11 @@ class Key:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], toolchain: Mapping[str, Any]) -> Key:
-        request = digest({"format": FORMAT, "fields": fields})
+        return cls.answering(digest({"format": FORMAT, "fields": fields}), toolchain)
+
+    @classmethod
+    def answering(cls, request: str, toolchain: Mapping[str, Any]) -> Key:
+        """The key of what this toolchain makes of a request."""
         return cls(request, digest({"request": request, "toolchain": toolchain}))
 
 

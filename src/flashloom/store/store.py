@@ -143,22 +143,17 @@ def get_or_build(
     ``build``
     raises. Problems with the folder never raise.
     """
-    request = Key.of(fields, {}).request
-    for layer in list(_state.layers.values()):
-        found = layer(request)
-        if found is not None:
-            return _hit(found)
+    found = find(fields, toolchain)
+    if found is not None:
+        return found
     try:
         tools = toolchain()
     except NoToolchain:
-        found = _of_any_toolchain(request)
-        if found is not None:
-            return _hit(found)
         _refuse_if_sealed(label, "there is no compiler, and nothing that one built is stored")
         raise
     key = Key.of(fields, tools)
     with _alone(key):
-        found = _state.memory.get(key) or _read(key)
+        found = _state.memory.get(key) or _read(key)  # another thread may have built it since
         if found is not None:
             return _hit(found)
         why = _why_missed(fields, tools)
@@ -168,16 +163,29 @@ def get_or_build(
         return _build_or_share(key, Entry(key, label, fields, tools, {}, {}, missed=why, on_reject=_reject), build)
 
 
-def is_stored(fields: Mapping[str, Any], toolchain: Callable[[], Mapping[str, Any]]) -> bool:
-    """Whether asking for this builds nothing: there is an entry, or nothing may be built, or there is no compiler."""
+def find(fields: Mapping[str, Any], toolchain: Callable[[], Mapping[str, Any]] = dict) -> Entry | None:
+    """The entry for what ``fields`` ask if there is one; nothing is built and nobody waited for."""
     request = Key.of(fields, {}).request
-    if is_sealed() or _state.on_miss_error or any(layer(request) for layer in list(_state.layers.values())):
-        return True
+    for layer in list(_state.layers.values()):
+        found = layer(request)
+        if found is not None:
+            return _hit(found)
     try:
-        key = Key.of(fields, toolchain())
+        key = Key.answering(request, toolchain())
     except NoToolchain:
-        return True
-    return key in _state.memory or _is_published(key)
+        found = _of_any_toolchain(request)
+    else:
+        found = _state.memory.get(key) or _read(key)
+    return None if found is None else _hit(found)
+
+
+def may_build(toolchain: Callable[[], Mapping[str, Any]]) -> bool:
+    """Whether a kernel that is missing would be built: there is a compiler, and nothing forbids it."""
+    try:
+        toolchain()
+    except NoToolchain:
+        return False
+    return not (is_sealed() or _state.on_miss_error)
 
 
 def meanwhile(ask: Callable[[], Entry]) -> None:
@@ -194,7 +202,10 @@ def meanwhile(ask: Callable[[], Entry]) -> None:
 
     thread = threading.Thread(target=work, name="flashloom-meanwhile")
     _state.later.add(thread)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # there are no more threads to be had: who needs it builds it
+        _state.later.discard(thread)
 
 
 def finish() -> None:

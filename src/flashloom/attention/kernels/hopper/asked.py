@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,12 +13,13 @@ from flashloom.attention.kernels.hopper.config import Config, width
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.shape import HeadShape
 from flashloom.dataclass import dataclass
-from flashloom.kernel.gluon import GluonKernel, tensor_map_type
 from flashloom.kernel.source import Source
 from flashloom.kernel.triton import TritonKernel, pointer
-from flashloom.lower import gluon as lower
 from flashloom.target import Target
 from flashloom.variant.expr import Expr, topological
+
+if TYPE_CHECKING:
+    from flashloom.kernel.gluon import GluonKernel
 
 __all__ = ["Form", "attend_kernel", "boxes", "choose", "plan_kernel", "unsuitable"]
 
@@ -85,6 +86,9 @@ def boxes(spec: AttentionSpec, config: Config) -> tuple[tuple[int, ...], ...]:
 
 def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: int, target: Target) -> GluonKernel:
     """The attention kernel of a spec; page_size 0 where each request is one run of tokens."""
+    from flashloom.kernel.gluon import GluonKernel, tensor_map_type  # a process that only decodes does without
+    from flashloom.lower import gluon as lower
+
     heads, hooks, dtype = spec.heads, lower.functions(spec.program), spec.q_dtype
     dim, value_dim = width(heads.dim), width(heads.value_dim)
     by_rows = config.box == 1

@@ -9,7 +9,6 @@ import torch
 
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton.config import Config, Need, power_of_two, split
-from flashloom.attention.triton_blocks import LISTS
 from flashloom.dataclass import dataclass
 from flashloom.kernel.source import Number, Source
 from flashloom.kernel.triton import TritonKernel, interpreting, pointer
@@ -97,6 +96,8 @@ def attend_kernel(
     heads, hooks, count = spec.heads, lower.functions(spec.program), parts(form, config)
     judge, lists = hooks, None
     if own is not None:  # what is left of the mask judges the tiles; its parameters stay in their places
+        from flashloom.attention.triton_blocks import LISTS
+
         judge = lower.functions(replace(spec.program, mask=own.mask))
         lists = len(value_types(replace(spec.program, params=spec.program.params[: -len(LISTS)])))
     if count > 1:
