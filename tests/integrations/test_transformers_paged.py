@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers", reason="the transformers inte
 from tests.integrations.tiny import build, gemma2, gpt_oss, llama, mistral, phi, qwen3  # noqa: E402
 
 import flashloom as fl  # noqa: E402
+from flashloom.attention.cpu import CpuExecutor  # noqa: E402
 from flashloom.integrations import transformers_paged as paged  # noqa: E402
 from flashloom.integrations.transformers import register  # noqa: E402
 
@@ -111,3 +112,15 @@ def test_it_is_for_continuous_batching_only():
     model.set_attn_implementation("paged|flashloom")
     with pytest.raises(ValueError, match="generate_batch"):
         model(torch.tensor([[1, 2, 3]]))
+
+
+@torch.no_grad()
+def test_one_run_in_full_for_each_step(monkeypatch):
+    """The layers of a step after the first repeat its call."""
+    runs, steps, run, begin = [], [], CpuExecutor.run, paged.Step.__init__
+    monkeypatch.setattr(CpuExecutor, "run", lambda self, *a, **k: (runs.append(1), run(self, *a, **k))[1])
+    monkeypatch.setattr(paged.Step, "__init__", lambda self, mark: (steps.append(1), begin(self, mark))[1])
+    model, _ = build(llama)
+    serve(model, PROMPTS)
+    assert model.config.num_hidden_layers == 2
+    assert len(runs) == len(steps) > NEW

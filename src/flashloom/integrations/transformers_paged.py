@@ -29,6 +29,7 @@ class Step:
     def __init__(self, mark: Tensor):
         self.mark = mark  # the step's own tensor of offsets; a new step brings another
         self.offsets = mark.cpu().numpy()
+        self.decoding = bool((np.diff(self.offsets) == 1).all())  # every request has one new token
         self.groups: dict[int, Layout] = {}
 
 
@@ -80,9 +81,7 @@ def paged_attention(
         step = _steps[cache] = Step(cu_seq_lens_q)
     group, place = cache.layer_index_to_group_indices[module.layer_idx]
     window, read, write = cache.sliding_windows[module.layer_idx], read_index[group], write_index[group]
-    new = int(step.offsets[-1])
-    decoding = new == len(step.offsets) - 1 and not (np.diff(step.offsets) - 1).any()
-    in_cache = read.numel() > 0 and (window == 1 or decoding)
+    in_cache = read.numel() > 0 and (window == 1 or step.decoding)
     if in_cache:
         size = cache.block_size if window == 1 else 1
         kv = tuple(_written(x[place], states, write, size) for x, states in (
@@ -99,12 +98,19 @@ def paged_attention(
             step.offsets, offsets.cpu().numpy()
         )  # fmt: skip
         layout = step.groups[group] = Layout(batch, VARIANTS.get(("paged", window), lambda: _posed(window)))
-    variant = layout.posed.with_logits(softcap, s_aux)
-    heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if scaling is None:
         scaling = float(module.scaling)  # type: ignore[arg-type]
+    if s_aux is None:
+        again = layout.repeat(query, *kv, scaling, softcap)
+        if again is not None:
+            return again, None
+    variant = layout.posed.with_logits(softcap, s_aux)
+    heads = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     plan, variant_of_layer = layout.plan(heads, query.dtype, kv[0].dtype, scaling, query.device, variant)
-    return plan.run(query[0].transpose(0, 1), kv, variant=variant_of_layer)[None], None
+    out = plan.run(query[0].transpose(0, 1), kv, variant=variant_of_layer)[None]
+    if s_aux is None and variant_of_layer is None:
+        layout.keep(plan, query, *kv, out, scaling, softcap)
+    return out, None
 
 
 def _posed(window: int) -> Posed:
