@@ -51,7 +51,7 @@ CALLS = {
     "cuda": [(1, 1024, 16, False), (8, 1024, 16, False), (8, 1024, 16, True), (8, 4096, 16, False)],
     "cpu": [(1, 512, 32, False), (4, 512, 32, False), (4, 512, 32, True)],
 }
-REQUESTS, LONGEST = {"cuda": 16, "cpu": 8}, {"cuda": 1024, "cpu": 256}  # of generate_batch, prompt tokens
+REQUESTS, LONGEST = {"cuda": 8, "cpu": 8}, {"cuda": 1024, "cpu": 256}  # of generate_batch, prompt tokens
 PEER = "sdpa"
 NAMES = ("flashloom", PEER)
 WARM_UP = 2  # calls of each implementation before those that are timed
@@ -250,9 +250,15 @@ def compare(call, device: str, new: int, batch: int, rounds: int, title: str) ->
         "cpu_s": {name: statistics.median(meanwhile[name].cpu) for name in NAMES},
         "meanwhile": {name: meanwhile[name].found for name in NAMES},
         "times_faster": median[PEER] / median["flashloom"],
+        "rounds": rounds,
+        "faster_rounds": sum(a < b for a, b in zip(*samples.values())),  # each has both, one right after the other
         "tokens_per_s": {name: batch * new / s for name, s in median.items()},
     }
-    print(f"{title}: {_times(samples, 1, 's')}, {row['times_faster']:.2f} x {PEER}", flush=True)
+    print(
+        f"{title}: {_times(samples, 1, 's')}, {row['times_faster']:.2f} x {PEER}, faster in "
+        f"{row['faster_rounds']} of {rounds} rounds",
+        flush=True,
+    )
     if all(map(all, steps.values())):
         medians = {name: [statistics.median(call) for call in calls] for name, calls in steps.items()}
         row["step_s"] = {name: statistics.median(x) for name, x in medians.items()}
