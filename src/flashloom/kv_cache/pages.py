@@ -230,7 +230,10 @@ class DenseKV(KVLayout):
             raise ValueError(
                 f"DenseKV lens has {self.kv_lens.numel()} entries for {requests} requests: give one per request"
             )
-        self.page_indptr = torch.arange(requests + 1, dtype=torch.int32, device=self.device)
+        if self.host:  # the quicker way
+            self.page_indptr = torch.from_numpy(np.arange(requests + 1, dtype=np.int32))
+        else:
+            self.page_indptr = torch.arange(requests + 1, dtype=torch.int32, device=self.device)
         self.pages = self.page_indptr[:-1] if rows is None else to_int32("DenseKV rows", rows)
         if self.pages.numel() != requests or self.pages.device != self.device:
             raise ValueError(
@@ -239,3 +242,8 @@ class DenseKV(KVLayout):
             )
         if self.host:
             self._check()
+
+    def _check(self) -> None:
+        lens, rows = self.kv_lens.numpy(), self.pages.numpy()
+        if lens.size and (lens.max() > self.page_size or rows.min() < 0):  # one row each: no more can be wrong
+            super()._check()
