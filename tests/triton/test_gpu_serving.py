@@ -50,13 +50,15 @@ def test_modules_are_unloaded_and_loaded_again_but_not_under_a_graph(resident):
     with torch.cuda.graph(graph):
         plan.run(q, (cache[0], cache[1]), out=out)
     first = out.clone()
+    store.finish()
     before = store.counters()
     for heads in (fl.HeadShape(4, 1, 64), fl.HeadShape(8, 1, 64), fl.HeadShape(4, 1, 96), fl.HeadShape(4, 1, 64)):
         other, q2, cache2, kv2 = _decode([300, 40], heads=heads)
         assert _error(other.run(q2, (cache2[0], cache2[1])), q2, cache2, kv2) < 8e-3
         del other
         gc.collect()
-    assert len(resident) >= 6, "modules that nobody held stayed"
+    store.finish()
+    assert len(resident) >= 4, "modules that nobody held stayed"
     assert len(cuda._functions) <= 2 + 3, "more are loaded than the limit and what the plan holds"
     out.zero_()
     graph.replay()

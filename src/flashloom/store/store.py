@@ -126,8 +126,8 @@ def default_folder() -> Folder:
 
 def is_trusted(path: Path) -> bool:
     """Whether the operator named this path, or a folder above it, in ``FLASHLOOM_TRUSTED``."""
-    resolved = path.resolve()
-    return any(resolved.is_relative_to(trusted.resolve()) for trusted in settings.get().trusted)
+    trusted = settings.get().trusted
+    return bool(trusted) and any(path.resolve().is_relative_to(one.resolve()) for one in trusted)
 
 
 def get_or_build(
