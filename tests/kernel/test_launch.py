@@ -15,7 +15,7 @@ from flashloom.attention import triton_buffers
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.config import choose
 from flashloom.attention.triton_executor import TritonExecutor, guard
-from flashloom.kernel import cuda, gluon
+from flashloom.kernel import cuda, gluon, launch
 from flashloom.target import Target
 
 BF16, HEADS = torch.bfloat16, fl.HeadShape(8, 2, 64)
@@ -308,3 +308,21 @@ def test_a_captured_plan_keeps_its_buffers(driver):
     plan._captured = False
     plan.update(fl.Batch.decode(larger))
     assert plan._executor._buffers.memory is not memory
+
+
+@pytest.mark.parametrize(("page", "kind"), [(2**34 - 8, "i32"), (2**34, "i64")])
+def test_strides_beyond_32_bits_take_a_kernel_of_their_own(driver, monkeypatch, page, kind):
+    """Strides count vectors of 16 bytes, which are 8 numbers here."""
+    seen = []
+
+    def launcher(kernel, device):
+        seen.append({kernel.signature[name] for name in asked.STRIDES})
+        return kernel
+
+    monkeypatch.setattr(launch, "launcher", launcher)
+    executor = _plan()._executor
+    executor._kernels = {}
+    k = torch.empty(1, dtype=BF16, device="meta").as_strided((12, 16, 2, 64), (page, 128, 64, 1))
+    q = torch.empty(3, 8, 64, dtype=BF16)
+    executor._prepared(q, SimpleNamespace(k=k, v=k, k_scale=None, v_scale=None), q, None, 0.1, False, 0)
+    assert seen == [{kind}]

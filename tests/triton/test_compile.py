@@ -96,13 +96,14 @@ def _in_folder(folder, job):
     return compiled(job)
 
 
-def test_the_planner_and_append_compile_without_a_gpu():
+def test_the_planner_append_and_long_strides_compile_without_a_gpu():
     spec = AttentionSpec(G, fl.full.program, BF16, BF16)
     config = choose(asked.need(spec, 1, 1, 16, 80))
     for target in (Target("sm80"), Target("sm90")):
         for kernel in (
             asked.plan_kernel(spec, config, True, target),
             append_kernel(BF16, E4M3, 8, 128, 128, True, True, target),
+            asked.attend_kernel(spec, Form(BF16, aligned=False, wide=True), config, 16, target),
         ):
             assert kernel.compile()[0]["cubin"]
 

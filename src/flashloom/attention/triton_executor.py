@@ -373,11 +373,12 @@ class TritonExecutor:
             *(x // o for x in (o_r, o0, o1)),
         )  # fmt: skip
         (kp, kh), (vp, vh) = _scale_strides(kv.k_scale), _scale_strides(kv.v_scale)
-        form = Form(out.dtype, aligned, bool(kp or vp), sm_scale < 0)
+        lse_strides = (0, 0, 0) if lse is None else steps(lse, width=False)
+        wide = max(map(abs, (*strides, *lse_strides, kp, kh, vp, vh))) >= 1 << 31
+        form = Form(out.dtype, aligned, bool(kp or vp), sm_scale < 0, wide)
         kernel = self._kernels.get(form)
         if kernel is None:
             kernel = self._kernels[form] = launch.launcher(self._asked(form), self.device)
-        lse_strides = (0, 0, 0) if lse is None else steps(lse, width=False)
         flags = 2 * partial + (lse is not None)
         grid = self._grid * asked.parts(form, self.config)
         return kernel, grid, (*self._run_buffers, *strides, *lse_strides, kp, kh, vp, vh, sm_scale, flags)

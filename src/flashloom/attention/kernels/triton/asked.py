@@ -32,13 +32,14 @@ PLAN_NUMBERS = ("requests", "stride", "max_items", "max_tokens", "max_pages", "p
 @dataclass(frozen=True)
 class Form:
     """Of one kernel of a plan: dtype of out, whether every row starts at a multiple of 16 bytes, whether scales are per
-    page, whether sm_scale
-    is negative."""
+    page, whether sm_scale is
+    negative, whether some stride takes more than 32 bits."""
 
     out_dtype: torch.dtype
     aligned: bool = True
     page_scales: bool = False
     negative: bool = False
+    wide: bool = False
 
 
 def number_types(spec: AttentionSpec, page_scales: bool) -> tuple[str, str, str, bool]:
@@ -123,6 +124,8 @@ def attend_kernel(
         max(4096 // v0, 4),
     )
     elements = 2048 * config.num_warps
+    # a row is summed once, after the loop, where registers are left: the conversion of 8-bit numbers takes many
+    spread = spec.program.softmax and config.block_m == 16 and (spec.kv_dtype.itemsize > 1 or config.block_n <= 64)
     sizes = {"q": spec.q_dtype, "k": spec.kv_dtype, "v": spec.kv_dtype, "out": form.out_dtype}
     vector = {name: 16 // dtype.itemsize if form.aligned else 1 for name, dtype in sizes.items()}
     signature: dict[str, Any] = {name: pointer(dtype) for name, dtype in sizes.items()}
@@ -139,7 +142,7 @@ def attend_kernel(
     signature |= {
         "part_lse": "*fp32",
         "arrivals": "*i32",
-        **dict.fromkeys(STRIDES, "i64"),
+        **dict.fromkeys(STRIDES, "i64" if form.wide else "i32"),
         "sm_scale": "fp32",
         "flags": "i32",
     }
@@ -157,6 +160,7 @@ def attend_kernel(
         "PRECISION": precision, "K_SCALE": 2 if form.page_scales else 1, "V_SCALE": 2 if form.page_scales else 1,
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
         "ONE_LOOP": config.block_m == 16 or lists is not None, "PARTS": count, "LISTS": lists,
+        "SPREAD": spread,
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))
     source = Source(f"{KERNELS}.attend", "attend")

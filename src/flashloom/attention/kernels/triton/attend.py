@@ -112,18 +112,19 @@ def kept_range(
 
 @triton.jit
 def attend_tiles(
-    first, last, skip_at, skip, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
-    v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at, values,
-    visited,
+    first, last, skip_at, skip, known_tile, known_page, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos,
+    kv_hi, k, v, k_scale, v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page,
+    v_scale_page, at, values, visited,
     KEY: tl.constexpr, KEY_INDEX: tl.constexpr, KEY_LOADS: tl.constexpr, LOGITS: tl.constexpr, MASK: tl.constexpr,
     SOFTMAX: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V0: tl.constexpr, V1: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, VEC_K: tl.constexpr,
     VEC_V: tl.constexpr, QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr,
     V_SCALE: tl.constexpr, E4M3_BITS: tl.constexpr, LATENT: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
-    LISTED: tl.constexpr,
+    LISTED: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Go over tiles first to last of keys (from skip_at on, `skip` further; or, LISTED, those that `visited` has at
-    these places) and update the state of the online softmax."""
+    these places) and update the state of the online softmax. known_page: `token_pages` of known_tile; SPREAD: `total`
+    is a number per key of a tile."""
     batch, kv_head, q_len, kv_len, q_start, kv_start = at
     tile = first
     if LISTED:
@@ -131,7 +132,9 @@ def attend_tiles(
     elif MASKED:
         tile = first + tl.where(first >= skip_at, skip, 0)
     upcoming = tile
-    next_page = token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N)
+    next_page = known_page
+    if tile != known_tile:
+        next_page = token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N)
     for index in range(first, last):
         tile = index
         following = index + 1
@@ -148,7 +151,7 @@ def attend_tiles(
         next_page = token_pages(
             following, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N
         )  # a step ahead, so that no load waits for it
-        within = token_offsets(tile, PAGE_SIZE, BLOCK_N)
+        within = token_offsets(tile, PAGE_SIZE, BLOCK_N).to(tl.int64)
         k_row = (page * k_page + within * k_token) * VEC_K
         key_scale = scale
         if K_SCALE == 2:
@@ -203,7 +206,10 @@ def attend_tiles(
                 p = tl.exp2((s - base[:, None]) * LOG2E)
                 rescale = tl.exp2((top - base) * LOG2E)
             top = new_top
-            total = total * rescale + tl.sum(p, 1)
+            if SPREAD:  # summed at the end, since a sum over a row takes all warps and three barriers
+                total = total * rescale[:, None] + p
+            else:
+                total = total * rescale + tl.sum(p, 1)
             acc0 = acc0 * rescale[:, None]
             if V1 > 0:
                 acc1 = acc1 * rescale[:, None]
@@ -240,7 +246,7 @@ def attend(
     tl.constexpr, VEC_Q: tl.constexpr, VEC_K: tl.constexpr, VEC_V: tl.constexpr, VEC_OUT: tl.constexpr,
     QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
-    ONE_LOOP: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr,
+    ONE_LOOP: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One work item for one kv head, or one of its PARTS blocks of rows. Grid: (items * PARTS * KV_HEADS,).
 
@@ -251,7 +257,8 @@ def attend(
     (strides 0 for one number), 2 per page and kv head.
     items int32 [*, 16]; part_out float32 [slots, KV_HEADS, PARTS * BLOCK_M, VALUE_DIM]; part_lse without the last;
     arrivals int32 [tiles, PARTS, KV_HEADS], zero before and after. flags: bit 0 store lse, bit 1 partial. NEGATIVE:
-    sm_scale is. LISTS: where in `values` the two lists of visited tiles begin (`triton_blocks.LISTS`), or None.
+    sm_scale is. SPREAD: row sums are kept by key of a tile.
+    LISTS: where in `values` the two lists of visited tiles begin (`triton_blocks.LISTS`), or None.
     """
     kv_head = tl.program_id(0) % KV_HEADS
     part = tl.program_id(0) // KV_HEADS % PARTS
@@ -270,12 +277,14 @@ def attend(
     split = tl.load(item + 11)
     slot = tl.load(item + 12).to(tl.int64) * KV_HEADS + kv_head
     arrival = (tl.load(item + 13).to(tl.int64) * PARTS + part) * KV_HEADS + kv_head
-    if batch < 0:
+    if batch | page_begin < 0:  # page_begin never is, but so both halves of the item are on their way
         return
     if PARTS > 1:
         if row_start >= q_len * GROUP:
             return
 
+    known_tile = kv_lo // BLOCK_N  # its pages are asked for at once, beside the queries
+    known_page = token_pages(known_tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N)
     RAW: tl.constexpr = SOFTMAX and LOGITS is None and not NEGATIVE and (K_SCALE != 2 or KEY is not None)
     at = (batch, kv_head, q_len, kv_len, q_start, kv_start)
     rows = tl.minimum(q_len * GROUP - row_start, BLOCK_M)
@@ -288,15 +297,19 @@ def attend(
     q_pos = kv_len - q_len + token
     row_mask = local < rows
 
+    wide_head = kv_head.to(tl.int64)  # strides may have 32 bits, offsets may not
+    out_request = out_request.to(tl.int64) * VEC_OUT
+    out_token = out_token.to(tl.int64) * VEC_OUT
+    out_head = out_head.to(tl.int64) * VEC_OUT
     scale = 1.0
     if K_SCALE == 1:
-        scale = tl.load(k_scale + kv_head * k_scale_head)
+        scale = tl.load(k_scale + wide_head * k_scale_head)
     if V_SCALE == 1:
-        v_factor = tl.load(v_scale + kv_head * v_scale_head)  # used at the end: no wait there
-    k_scale += kv_head * k_scale_head
-    v_scale += kv_head * v_scale_head
-    k += (kv_head * k_head) * VEC_K
-    v += (kv_head * v_head) * VEC_V
+        v_factor = tl.load(v_scale + wide_head * v_scale_head)  # used at the end: no wait there
+    k_scale += wide_head * k_scale_head
+    v_scale += wide_head * v_scale_head
+    k += (wide_head * k_head) * VEC_K
+    v += (wide_head * v_head) * VEC_V
     q_row = (
         batch.to(tl.int64) * q_request + (q_start + token).to(tl.int64) * q_token + q_head.to(tl.int64) * q_head_step
     ) * VEC_Q
@@ -338,7 +351,7 @@ def attend(
     acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, 32 if V1 == 0 else V1], tl.float32)
     top = tl.zeros([BLOCK_M], tl.float32) + float("-inf")
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) if SPREAD else tl.zeros([BLOCK_M], tl.float32)
     visited = pages  # not read
     if LISTS is not None:  # from here on numbers of visited tiles, not of tiles
         block = tl.load(item + 13).to(tl.int64)
@@ -351,22 +364,26 @@ def attend(
         full_end = last
     else:
         acc0, acc1, top, total = attend_tiles(
-            full_begin, full_end, 0, 0, acc0, acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale,
-            v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at,
-            values, visited, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM, VALUE_DIM, D0, D1, V0, V1,
+            full_begin, full_end, 0, 0, known_tile, known_page, acc0, acc1, top, total, q0, q1, c, scale, q_head,
+            q_pos, kv_hi, k, v, k_scale, v_scale, pages, page_begin, first_page, k_page, k_token, v_page, v_token,
+            k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
+            VALUE_DIM, D0, D1, V0, V1,
             PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW,
-            False, False,
+            False, False, SPREAD,
         )  # fmt: skip
     acc0, acc1, top, total = attend_tiles(  # before and after the full tiles
-        first, last - (full_end - full_begin), full_begin, full_end - full_begin, acc0, acc1, top, total, q0, q1, c,
-        scale, q_head, q_pos, kv_hi, k, v, k_scale, v_scale, pages, page_begin, first_page, k_page, k_token, v_page,
-        v_token, k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
+        first, last - (full_end - full_begin), full_begin, full_end - full_begin, known_tile, known_page, acc0,
+        acc1, top, total, q0, q1, c, scale, q_head, q_pos, kv_hi, k, v, k_scale, v_scale, pages, page_begin,
+        first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX,
+        KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
         VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE,
-        E4M3_BITS, LATENT, RAW, True, LISTS is not None,
+        E4M3_BITS, LATENT, RAW, True, LISTS is not None, SPREAD,
     )  # fmt: skip
 
     state = top
     if SOFTMAX:
+        if SPREAD:
+            total = tl.sum(total, 1)
         whole = tl.where(total == 0.0, 1.0, total)
         acc0 = acc0 / whole[:, None]
         if V1 > 0:
@@ -379,14 +396,13 @@ def attend(
 
     if splits == 1:
         finish(
-            acc0, state * LN2, row, row_mask, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
-            out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0,
-            0,
+            acc0, state * LN2, row, row_mask, out, lse, at, out_request, out_token, out_head, lse_request, lse_token,
+            lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0, 0,
         )  # fmt: skip
         if V1 > 0:
             finish(
-                acc1, state * LN2, row, row_mask, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
-                out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
+                acc1, state * LN2, row, row_mask, out, lse, at, out_request, out_token,
+                out_head, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
                 V1, V0,
             )  # fmt: skip
         return
@@ -422,8 +438,8 @@ def attend(
             MERGE_SPLITS
         )  # fmt: skip
         finish(
-            merged, level * LN2, whole_row, ok, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
-            out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0,
+            merged, level * LN2, whole_row, ok, out, lse, at, out_request, out_token, out_head, lse_request,
+            lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0,
             0,
         )  # fmt: skip
         if V1 > 0:
@@ -433,7 +449,7 @@ def attend(
                 MERGE_SPLITS
             )  # fmt: skip
             finish(
-                merged1, level1 * LN2, whole_row, ok, out, lse, at, out_request * VEC_OUT, out_token * VEC_OUT,
-                out_head * VEC_OUT, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
+                merged1, level1 * LN2, whole_row, ok, out, lse, at, out_request, out_token,
+                out_head, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
                 V1, V0,
             )  # fmt: skip

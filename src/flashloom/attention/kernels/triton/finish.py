@@ -63,23 +63,23 @@ def combine(
     total = tl.zeros([ROWS], tl.float32)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
-        at_row = (slot + split.to(tl.int64) * SLOT_STEP)[:, None] * BLOCK_M + row[None, :]  # [SPLITS, ROWS]
-        valid = (split < splits)[:, None] & row_mask[None, :]
+        at_row = (slot + split.to(tl.int64) * SLOT_STEP)[None, :] * BLOCK_M + row[:, None]  # [ROWS, SPLITS]
+        valid = (split < splits)[None, :] & row_mask[:, None]
         inside = valid[:, :, None] & (column < DIM)[None, None, :]
         part = tl.load(
             part_out + at_row[:, :, None] * DIM + column[None, None, :], mask=inside, other=0.0, cache_modifier=".cg"
         )
         if SOFTMAX:
             state = tl.load(part_lse + at_row, mask=valid, other=float("-inf"), cache_modifier=".cg")
-            new_top = tl.maximum(top, tl.max(state, 0))
+            new_top = tl.maximum(top, tl.max(state, 1))
             safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-            weight = tl.exp2(state - safe[None, :])
+            weight = tl.exp2(state - safe[:, None])
             rescale = tl.exp2(top - safe)
-            acc = acc * rescale[:, None] + tl.sum(part * weight[:, :, None], 0)
-            total = total * rescale + tl.sum(weight, 0)
+            acc = acc * rescale[:, None] + tl.sum(part * weight[:, :, None], 1)
+            total = total * rescale + tl.sum(weight, 1)
             top = new_top
         else:
-            acc += tl.sum(part, 0)
+            acc += tl.sum(part, 1)
     if SOFTMAX:
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         top = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))

@@ -22,6 +22,9 @@ def token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE: tl.conste
     elif PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
         start = tl.minimum(tile * BLOCK_N, kv_hi - 1)
         page = tl.load(pages + page_begin + start // PAGE_SIZE)
+    elif BLOCK_N % PAGE_SIZE == 0:
+        entry = pages + (page_begin + tile * (BLOCK_N // PAGE_SIZE))
+        page = tl.load(entry + tl.arange(0, BLOCK_N) // PAGE_SIZE, mask=token < kv_hi, other=0)
     else:
         page = tl.load(pages + page_begin + token // PAGE_SIZE, mask=token < kv_hi, other=0)
     return page
@@ -29,15 +32,20 @@ def token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE: tl.conste
 
 @triton.jit
 def token_offsets(tile, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets within their pages of a tile's tokens, int64 [BLOCK_N]."""
+    """Offsets within their pages of a tile's tokens, int32 [BLOCK_N]."""
     start = tile * BLOCK_N
     token = tl.arange(0, BLOCK_N)
     if PAGE_SIZE == 0:
-        within = (start + token).to(tl.int64)
+        within = start + token
     elif PAGE_SIZE % BLOCK_N == 0:
-        within = (start % PAGE_SIZE + token).to(tl.int64)
+        within = start % PAGE_SIZE + token
+    elif BLOCK_N % PAGE_SIZE == 0:
+        # said so that what repeats from page to page is one number for the compiler
+        within = tl.reshape(
+            tl.broadcast_to(tl.arange(0, PAGE_SIZE)[None, :], [BLOCK_N // PAGE_SIZE, PAGE_SIZE]), [BLOCK_N]
+        )
     else:
-        within = ((start + token) % PAGE_SIZE).to(tl.int64)
+        within = (start + token) % PAGE_SIZE
     return within
 
 
