@@ -42,7 +42,7 @@ def measure(device, pack, staged, missing):
             indptr.append(indptr[-1] - (-n // 16))
         tables[name] = indptr, list(range(pages)), [n - (n - 1) // 16 * 16 for n in lens]
     torch.ones(1, device=device).sum().item()
-    spent, loaded = {}, len(sys.modules)
+    spent, loaded = {}, set(sys.modules)
     clock = time.perf_counter
 
     def timed(place, name, stage):
@@ -73,10 +73,10 @@ def measure(device, pack, staged, missing):
                 from flashloom.attention import triton_buffers
                 from flashloom.kernel import cuda, source
                 from flashloom.lower import triton as lower
-                timed(cuda.store, "get_or_build", "look up, read, verify (sum of threads)")
+                timed(cuda.store, "find", "look up, read, verify")
                 timed(source, "_digest", "digest of kernel files")
                 timed(lower, "functions", "text of the variant")
-                timed(cuda.Function, "__init__", "load modules into the device (sum of threads)")
+                timed(cuda.Function, "__init__", "load modules into the device")
                 timed(triton_buffers.Buffers, "__init__", "allocate buffers")
                 timed(triton_buffers.Staging, "_reserve", "allocate pinned memory")
         else:
@@ -99,14 +99,14 @@ def measure(device, pack, staged, missing):
         return sum(parts), stages, plan.executor
 
     decode = call("decode")
-    inner, modules = dict(spent), len(sys.modules) - loaded
+    inner, modules = dict(spent), len(set(sys.modules) - loaded)
     prefill = call("prefill")
     from flashloom import store
     store.finish()  # what the first call did not wait for
     return {
         "decode_ms": decode[0], "prefill_ms": prefill[0], "builds": store.counters().builds, "modules": modules,
         "heavy": sorted({"triton", "torch._dynamo", "torch._inductor", "subprocess"} & {
-            name for name, module in sys.modules.items() if module is not None}),
+            name for name, module in sys.modules.items() if module is not None and name not in loaded}),
         "backends": [decode[2], prefill[2]],
         "stages": {**decode[1], **{"plan: " + name: 1e3 * s for name, s in inner.items()}} if staged else decode[1],
     }
