@@ -263,12 +263,19 @@ def compare(call, device: str, new: int, batch: int, rounds: int, title: str) ->
         medians = {name: [statistics.median(call) for call in calls] for name, calls in steps.items()}
         row["step_s"] = {name: statistics.median(x) for name, x in medians.items()}
         row["step_low_high"] = {name: [min(x), max(x)] for name, x in medians.items()}  # of the calls' medians
+        row["prompt_s"] = {  # what is left: the prompt, the first step, and what generate() does before and after
+            name: statistics.median(t - sum(call) for t, call in zip(samples[name], calls))
+            for name, calls in steps.items()
+        }
         row["slowest_step_s"] = {name: max(map(max, calls)) for name, calls in steps.items()}
         row["step_times_faster"] = row["step_s"][PEER] / row["step_s"]["flashloom"]
         print(f"    a step: {_times(medians, 1e3, 'ms')}, {row['step_times_faster']:.2f} x {PEER}")
     for name in NAMES:
         happened = ", ".join(f"{n} {what}" for what, n in meanwhile[name].found.items() if n) or "nothing else happened"
-        slowest = f", slowest step {row['slowest_step_s'][name] * 1e3:.1f} ms" if "step_s" in row else ""
+        slowest = ""
+        if "step_s" in row:
+            slowest = f", slowest step {row['slowest_step_s'][name] * 1e3:.1f} ms, prompt and rest "
+            slowest += f"{row['prompt_s'][name] * 1e3:.1f} ms"
         print(
             f"    {name}: first call {first[name]:.2f} s, CPU {row['cpu_s'][name]:.3f} s{slowest}; {happened}",
             flush=True,
