@@ -2,11 +2,11 @@
 
     python benchmarks/store_first_call.py --device cuda
 
-Every row is several processes, each new after `import torch, flashloom` (forked from one that has done no more). Not in
-the time: those two imports, starting the device, making q, k and v. In the time: everything else up to the result,
-waited for: flashloom's own modules, which the first use of each name imports, opening the pack, `Attention`, the page
-table, `plan` and `run`, for llama-3-8b (causal, bfloat16, pages of 16): decode of 8 requests, then prefill of one.
-Bytecode of flashloom is cached, as it is where a package was installed. Further processes say what the time goes to.
+Every row is several new processes. Not in the time: `import torch, flashloom`, starting the device, making q, k and v.
+In the time: everything else up to the result, waited for: flashloom's own modules, which the first use of each name
+imports, opening the pack, `Attention`, the page table, `plan` and `run`, for llama-3-8b (causal, bfloat16, pages of 16):
+decode of 8 requests, then prefill of one. Further processes say what the time goes to (`stages_apart_ms`).
+Bytecode of flashloom is cached, as it is where a package was installed.
 Writes benchmarks/results/store_first_call_*.json.
 """
 
@@ -111,55 +111,52 @@ def measure(device, pack, staged, missing):
         "stages": {**decode[1], **{"plan: " + name: 1e3 * s for name, s in inner.items()}} if staged else decode[1],
     }
 
-for line in sys.stdin:
-    asked = eval(line)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.environ.update(asked["environment"])
-            done = measure(asked["device"], asked["pack"], asked["staged"], asked["missing"])
-            import json
-            print(json.dumps(done), flush=True)
-            status = 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    if os.waitpid(child, 0)[1]:
-        print("{}", flush=True)
+print("ready", flush=True)
+asked = eval(sys.stdin.readline() or "None")
+if asked:
+    os.environ.update(asked["environment"])
+    done = measure(asked["device"], asked["pack"], asked["staged"], asked["missing"])
+    import json
+    print(json.dumps(done), flush=True)
 """
 
 
 class Fresh:
-    """Starts processes that have imported torch and flashloom and nothing else."""
+    """Processes that have imported torch and flashloom and nothing else. Several start at a time, which takes no part
+    in what is measured; then one after another is used, while none is starting."""
 
     def __init__(self, device: str, bytecode: Path) -> None:
-        environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
+        self._environment = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        self._environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
         self._device = device
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", CALL], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._waiting: list[subprocess.Popen[str]] = []
+
+    def _start(self) -> None:
+        command = [sys.executable, "-c", CALL]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        for _ in range(min(os.cpu_count() or 1, 10)):
+            self._waiting.append(subprocess.Popen(command, env=self._environment, text=True, **pipes))
+        for process in self._waiting:
+            assert process.stdout is not None
+            if process.stdout.readline() != "ready\n":
+                raise SystemExit("a process failed to start; its error is above")
 
     def call(
         self, cache: Path, pack: str = "", *, staged: bool = False, missing: tuple[str, ...] = (), **more: str
     ) -> Any:
         """Figures of one process; `missing` are modules that it cannot import, `more` its environment."""
+        if not self._waiting:
+            self._start()
         environment = {"FLASHLOOM_CACHE_DIR": str(cache), **more}
         asked = {"device": self._device, "pack": pack, "staged": staged, "missing": missing, "environment": environment}
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(repr(asked), file=self._process.stdin, flush=True)
-        answer = json.loads(self._process.stdout.readline() or "{}")
+        answer, _ = self._waiting.pop().communicate(repr(asked) + "\n")
         if not answer:
             raise SystemExit("a process failed; its error is above")
-        return answer
+        return json.loads(answer)
 
     def close(self) -> None:
-        self._process.communicate()
+        for process in self._waiting:
+            process.communicate()
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
