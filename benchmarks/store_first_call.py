@@ -4,8 +4,8 @@
 
 Every row is several new processes. Not in the time: `import torch, flashloom`, starting the device, making q, k and v.
 In the time: everything else up to the result, waited for: flashloom's own modules, which the first use of each name
-imports, opening the pack, `Attention`, the page table, `plan` and `run`, for llama-3-8b (causal, bfloat16, pages of 16):
-decode of 8 requests, then prefill of one. Further processes say what the time goes to (`stages_apart_ms`).
+imports, opening the pack, `Attention`, the page table, `plan` and `run`, for llama-3-8b (causal, bfloat16, pages of
+16 tokens): decode of 8 requests, then prefill of one. Further processes say what the time goes to (`stages_apart_ms`).
 Bytecode of flashloom is cached, as it is where a package was installed.
 Writes benchmarks/results/store_first_call_*.json.
 """
