@@ -6,6 +6,7 @@ import torch
 from tests.hopper.emulator.launch import PROCESSORS, Emulated, install
 from tests.triton.cases import (
     BF16,
+    E4M3,
     F16,
     Case,
     H,
@@ -22,7 +23,7 @@ from tests.triton.cases import (
 
 import flashloom as fl
 from flashloom import dispatch
-from flashloom.attention.kernels.hopper import consume, load
+from flashloom.attention.kernels.hopper import consume, load, transpose
 from flashloom.attention.reference import attention_reference
 
 G = H(4, 1, 128)
@@ -78,11 +79,35 @@ CASES = [
     Case([40] * 3, [300, 40, 0], H(4, 2, 128), F16, page_size=16, variant=sinks, by_request=True),
     Case([70] * 2, [200, 129], H(2, 2, 64), BF16, kind="ragged", by_request=True, partial=True),
 ]
+BYTES = [
+    Case([130, 7, 0, 60], [140, 300, 0, 60], H(4, 2, 128), E4M3, kind="ragged", variant=causal),
+    Case([150, 70], [150, 230], H(2, 2, 128), E4M3, kind="dense", scales="head"),
+    Case([30, 40, 70], [130, 204, 71], G, E4M3, page_size=8, variant=causal, scales="one"),
+    Case([30, 100], [30, 150], H(4, 1, 128), E4M3, page_size=48, layout="HND", variant=gemma, scales="head"),
+    Case([30, 50], [133, 250], H(8, 2, 64), E4M3, page_size=16, variant=alibi, on_device=True),
+    Case([30, 60], [30, 150], H(2, 2, 128, 64), E4M3, kind="ragged", variant=sinks, scales="head"),
+    Case([30, 40, 1], [30, 130, 77], H(8, 4, 80), E4M3, page_size=4, variant=causal, scales="head"),
+    Case([90], [90], G, E4M3, kind="ragged", variant=holes, partial=True),
+    Case([60] * 2, [300, 129], G, E4M3, page_size=16, variant=causal, by_request=True),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_reference(case):
     check(case, "cpu", "hopper")
+
+
+@pytest.mark.parametrize("case", BYTES, ids=str)
+def test_bytes_against_reference(case):
+    check(case, "cpu", "hopper")
+
+
+def test_a_plan_says_that_weights_are_rounded():
+    batch = fl.Batch([300], kv=fl.RaggedKV([300]))
+    for dtype in (BF16, E4M3):
+        with dispatch.only("hopper"):
+            plan = fl.Attention(H(4, 2, 128), variant=fl.causal, dtype=dtype, device="cpu").plan(batch)
+        assert ("weights are rounded to it" in plan.explain()) == (dtype == E4M3)
 
 
 def test_a_plan_follows_updates():
@@ -127,7 +152,7 @@ def test_counters_are_left_at_zero():
 def broken(monkeypatch, replaced, **case):
     """Run a case with functions of the kernel replaced; answers what the check says."""
     for name, replacement in replaced.items():
-        for module in (consume, load):
+        for module in (consume, load, transpose):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
     given = {"q_lens": [60, 50], "kv_lens": [400, 300], "heads": H(4, 2, 128), "dtype": BF16, "page_size": 16} | case
@@ -142,6 +167,12 @@ def test_a_copy_that_is_not_waited_for(monkeypatch):
 
 def test_a_missing_fence(monkeypatch):
     assert "without a fence" in broken(monkeypatch, {"fence_async_shared": lambda: None})
+
+
+def test_a_transposer_without_a_fence(monkeypatch):
+    monkeypatch.setattr(transpose, "fence_async_shared", lambda: None)
+    with pytest.raises(AssertionError, match="without a fence"):
+        check(Case([60], [400], H(2, 1, 128), E4M3, page_size=16), "cpu", "hopper")
 
 
 def test_a_consumer_that_keeps_its_turn(monkeypatch):

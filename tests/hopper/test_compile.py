@@ -20,7 +20,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from flashloom.attention.kernels.hopper import asked, config  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-BF16, F16 = torch.bfloat16, torch.float16
+BF16, F16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 H = fl.HeadShape
 NEWER = not triton.__version__.startswith("3.6.")  # the kernels were fitted to 3.6's assembler; 3.7.1 keeps two numbers
 
@@ -43,6 +43,8 @@ class Kernel:
 
     def products(self, chosen: config.Config) -> int:
         dim, value_dim = config.width(self.heads.dim), config.width(self.heads.value_dim)
+        if self.dtype == E4M3:  # the first keys, two loops, the last values
+            return chosen.consumers * 3 * (dim // 32 + chosen.block_n // 32)
         keys, values = dim // 16, chosen.block_n // 16
         loops = 1 if self.variant.program.mask is None else 2
         return chosen.consumers * ((1 + loops) * (keys + values)) * max(1, value_dim // 256)
@@ -73,6 +75,8 @@ KERNELS = [
         page_size=64,
         mean_q_len=60,
     ),
+    Kernel("8 bits, causal", H(32, 8, 128), fl.causal, E4M3, stack=24),
+    Kernel("8 bits, narrow, pages of 16", H(8, 8, 64), fl.full, E4M3, page_size=16, stack=64),
 ]
 
 
@@ -103,9 +107,10 @@ def test_binary(kernel, tmp_path):
     spec = AttentionSpec(heads, program, kernel.dtype, kernel.dtype)
     assert asked.unsuitable(spec) is None
     chosen = asked.choose(spec, kernel.mean_q_len, kernel.page_size)
-    form = asked.Form(kernel.out or kernel.dtype)
+    form = asked.Form(kernel.out or spec.out_dtype)
+    byte = kernel.dtype == E4M3
     stages, metadata = asked.attend_kernel(spec, form, chosen, kernel.page_size, Target("sm90")).compile()
-    assert metadata["num_warps"] == 4 * (chosen.consumers + 1)
+    assert metadata["num_warps"] == 4 * (chosen.consumers + 1 + byte)
     assert metadata["shared"] <= 227 << 10
     assert not metadata["global_scratch_size"]
     cubin = tmp_path / "kernel.cubin"
@@ -113,10 +118,15 @@ def test_binary(kernel, tmp_path):
     usage = subprocess.run(
         [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    found = re.search(rf"REG:{128 if chosen.consumers == 3 else 168} STACK:(\d+) .*LOCAL:0", usage)
+    found = re.search(rf"REG:{128 if chosen.consumers == 3 or byte else 168} STACK:(\d+) .*LOCAL:0", usage)
     assert found, usage
     assert int(found[1]) <= kernel.stack, f"registers are spilled: {usage}"
     sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     assert bool(re.search(r"\b(LDL|STL)\b", sass)) <= bool(kernel.stack)
-    assert len(re.findall(r"\bHGMMA\b", sass)) == kernel.products(chosen)
+    assert len(re.findall(rf"\b{'Q' if byte else 'H'}GMMA\b", sass)) == kernel.products(chosen)
+    if byte:  # values are transposed by matrix loads and stores, and nothing else takes bytes apart
+        stores = config.width(heads.value_dim) * chosen.block_n // 2048
+        assert len(re.findall(r"\bLDSM\.16\.MT88\.4\b", sass)) == stores
+        assert len(re.findall(r"\bSTSM\.16\.M88\.4\b", sass)) == stores
+        assert len(re.findall(r"\bPRMT\b", sass)) <= 6 * stores
     assert len(re.findall(r"\bUSETMAXREG\b", sass)) >= 4, "the assembler ignored the consumers' registers"

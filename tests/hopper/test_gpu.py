@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.triton.cases import (
     BF16,
+    E4M3,
     F16,
     Case,
     H,
@@ -87,9 +88,23 @@ CASES = [
     Case([40] * 5, [300, 40, 1000, 0, 77], G, F16, page_size=16, variant=sinks, by_request=True),
     Case([129] * 2, [200, 129], H(8, 2, 256), BF16, kind="ragged", by_request=True, partial=True),
 ]
+BYTES = [
+    Case([300, 1000], [300, 1000], G, E4M3, kind="ragged", variant=causal),
+    Case([1, 2, 3, 129, 127, 64, 65, 5], [1, 2, 3, 129, 127, 64, 65, 5], G, E4M3, kind="ragged", variant=causal),
+    Case([700] * 3, [2000] * 3, G, E4M3, kind="dense", scales="head"),
+    Case([300, 5, 0, 80], [300, 0, 7, 200], G, E4M3, kind="ragged", variant=causal, scales="one"),
+    Case([300, 1000], [300, 1500], G, E4M3, page_size=16, variant=causal, scales="head"),
+    Case([300, 100], [333, 1500], G, E4M3, page_size=48, layout="HND", variant=gemma),
+    Case([300, 40, 1], [300, 1300, 77], H(8, 4, 80), E4M3, page_size=4, variant=causal, scales="head"),
+    Case([300, 600], [300, 1500], H(8, 2, 64), E4M3, kind="ragged", variant=alibi),
+    Case([60, 40], [300, 1500], G, E4M3, page_size=64, variant=sinks, on_device=True),
+    Case([300, 60], [300, 1500], H(8, 8, 128, 64), E4M3, kind="ragged", variant=sinks, partial=True),
+    Case([600, 1, 1, 1, 2], [600, 4000, 300, 1, 5000], G, E4M3, page_size=16, variant=causal),
+    Case([129] * 2, [200, 129], G, E4M3, kind="ragged", variant=causal, by_request=True),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + BYTES, ids=str)
 def test_against_reference(case):
     print(check(case, "cuda", "hopper"))
 
@@ -146,6 +161,14 @@ def test_dispatch_says_why():
     assert decode.executor == "triton"
     assert "not hopper: queries are few" in decode.explain()
     assert "gluon sm90" in attn.plan(fl.Batch([2000], kv=fl.RaggedKV([2000]))).explain()
+    batch = fl.Batch([2000], kv=fl.RaggedKV([2000]))
+    narrow = fl.Attention(G, variant=fl.causal, dtype=E4M3, device="cuda").plan(batch)
+    assert narrow.executor == "hopper"
+    assert "weights are rounded to it" in narrow.explain()
+    mixed = fl.Attention(G, variant=fl.causal, dtype=BF16, kv_dtype=E4M3, device="cuda")
+    mixed = mixed.plan(batch)
+    assert mixed.executor == "triton"
+    assert "all bfloat16 or all float8_e4m3fn" in mixed.explain()
     rope = fl.rope(128, inv_freq=fl.rope_frequencies(128).cuda())
     turned = fl.Attention(G, variant=rope, dtype=BF16, device="cuda").plan(fl.Batch([99], kv=fl.RaggedKV([99])))
     assert "not hopper: key transforms" in turned.explain()

@@ -21,6 +21,7 @@ E4M3, E5M2, I8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8
 # largest ||out - reference|| / ||reference|| by the dtypes of queries and keys; float32 must not be computed in TF32
 # (3e-4)
 BOUND = {F32: 2e-6, F16: 1.5e-3, BF16: 8e-3, E4M3: 8e-3, E5M2: 8e-3}
+ROUNDED = 3e-2  # of weights in float8_e4m3fn: 2.6e-2 is what four bits of each weight cost
 
 
 class Scaled(fl.Variant):
@@ -185,6 +186,8 @@ def check(case: Case, device: Any = "cpu", executor: str = "triton") -> tuple[fl
     assert not got.isnan().any(), f"{case}: NaN in out (unwritten, or poison was read)"
     error = float((got - want).norm() / want.norm().clamp(min=1e-30))
     bound = BOUND[case.dtype] * (1 if kv_dtype.itemsize > 1 else 2) if attn.spec.out_dtype != BF16 else BOUND[BF16]
+    if executor == "hopper" and case.dtype == E4M3:
+        bound = ROUNDED
     assert error <= bound or not want.any(), f"{case}: relative error {error:.2e}, allowed {bound:.0e}"
     lse_error = 0.0
     if lse is not None:

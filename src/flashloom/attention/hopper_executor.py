@@ -1,8 +1,8 @@
 """The Hopper backend: prefill, append and mixed batches by a persistent Gluon kernel.
 
 Batches are planned on the device by the Triton backend's planner, without splitting keys; `run` is one launch. Tensors
-that tensor maps cannot describe (rows that are not multiples of 16 bytes, expanded or empty ones) and scaled keys go to
-the Triton kernels."""
+that tensor maps cannot describe (rows that are not multiples of 16 bytes, expanded or empty ones) and keys with a scale
+per page go to the Triton kernels."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ class HopperExecutor(TritonExecutor):
         self._groups = heads.q_heads // self._config.pack
         self._hopper: dict[Form, gluon.MapLaunch] = {}
         self._maps = [gluon.TensorMaps(box, spec.q_dtype) for box in asked.boxes(spec, self._config)]
+        self._maps[-1] = gluon.TensorMaps(asked.boxes(spec, self._config)[-1], spec.out_dtype)
         self._other: TritonExecutor | None = None
+        self._one_scale = torch.ones(1, device=self.device)
         self._build()
         self._staging = Staging(self.device)
         self._grow(batch)
@@ -156,7 +158,12 @@ class HopperExecutor(TritonExecutor):
 
     def buffers(self) -> list[torch.Tensor]:
         """Device memory of its own that its launches use."""
-        return [*super().buffers(), self._counter, *([] if self._other is None else self._other.buffers())]
+        return [
+            *super().buffers(),
+            self._counter,
+            self._one_scale,
+            *([] if self._other is None else self._other.buffers()),
+        ]
 
     def update(self, batch: Batch) -> None:
         """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""
@@ -187,9 +194,10 @@ class HopperExecutor(TritonExecutor):
         k0, k1, k2, _ = k.stride()
         v0, v1, v2, _ = v.stride()
         places = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-        odd = places[0] | places[1] | places[2] | places[3] | 2 * (q0 | q1 | k0 | k1 | k2 | v0 | v1 | v2)
+        odd = places[0] | places[1] | places[2] | places[3] | q.element_size() * (q0 | q1 | k0 | k1 | k2 | v0 | v1 | v2)
         unfit = (odd | (o0 | o1) * out.element_size()) & 15 or 0 in (q0, q1, k0, k1, k2, v0, v1, v2, o0, o1)
-        if unfit or kv.k_scale is not None or kv.v_scale is not None or not k.numel():
+        scales = self._scale_words(kv)
+        if unfit or scales is None or not k.numel():
             self._otherwise(q, kv, out, lse, sm_scale, partial, values)
             return
         q_jump, q_tokens = _jump(q, qr, q0)
@@ -216,8 +224,8 @@ class HopperExecutor(TritonExecutor):
             maps.append(kv_maps[0].of((*k_sizes, heads.dim), k_strides))
             maps.append(kv_maps[1].of((*v_sizes, heads.value_dim), v_strides))
         else:
-            steps_kv = tuple(x // 8 for x in (*k_strides, *v_strides))
-        if out.dtype == q.dtype:
+            steps_kv = tuple(x * q.element_size() // 16 for x in (*k_strides, *v_strides))
+        if out.dtype == self.spec.out_dtype:
             maps.append(out_map.of((out_tokens, heads.q_heads, heads.value_dim), (o0, o1)))
         vector = 16 // out.element_size()
         flags = 2 * partial + (lse is not None)
@@ -232,10 +240,21 @@ class HopperExecutor(TritonExecutor):
             self._grid,
             (
                 *first, *self._run_buffers, q_jump, out_jump, o0 // vector, o1 // vector, l0, l1, *self._numbers,
-                sm_scale, flags, *steps_kv, *self._flat(values),
+                sm_scale, flags, *steps_kv, *scales, *self._flat(values),
             ),
         )  # fmt: skip
+        self._scales = kv.k_scale, kv.v_scale
         self._repeatable(q, k, v, out, lse, places)
+
+    def _scale_words(self, kv: KV) -> tuple[int, ...] | None:
+        """What the kernel gets to know of the scales, or None if it cannot take them."""
+        given = (kv.k_scale, kv.v_scale)
+        if self.spec.kv_dtype.itemsize > 1:
+            return () if given[0] is None and given[1] is None else None
+        if any(x is not None and x.dim() == 2 and x.shape[0] > 1 for x in given):
+            return None
+        found = [self._one_scale if x is None else x for x in given]
+        return (*(x.data_ptr() for x in found), *(x.stride(-1) if x.numel() > 1 else 0 for x in found))
 
     def _place(self, q: int, k: int, v: int, out: int) -> tuple[int, ...]:
         """Give the last kernel the maps of the tensors at these addresses; answers its first words."""
@@ -275,9 +294,10 @@ class HopperExecutor(TritonExecutor):
         """Which kernel and config serve this plan, and why."""
         kind = f"paged by {self._page}" if self._page else "ragged" if self._ragged else "dense"
         other = "" if self._other is None else f"; for unaligned or scaled tensors {self._other.explain()}"
+        narrow = "; products of float8_e4m3fn, weights are rounded to it" if self.spec.q_dtype.itemsize == 1 else ""
         return (
             f"gluon {self.target}: rows x keys {self._config}; {kind} KV, longest first over {self._grid} programs; "
-            f"workspace {self.workspace_size} bytes{other}"
+            f"workspace {self.workspace_size} bytes{narrow}{other}"
         )
 
 

@@ -226,7 +226,7 @@ def valid(choice: Choice, spec: AttentionSpec, device: torch.device, facts: Fact
         return triton_config.valid(choice.config, _need(spec, device, facts))
     if choice.backend == "hopper":
         paged = facts.page_size % hopper_config.LEAST_BOX == 0
-        return paged and hopper_offered.valid(choice.config, spec.heads, facts.page_size)
+        return paged and hopper_offered.valid(choice.config, spec.heads, facts.page_size, spec.q_dtype.itemsize)
     return True
 
 
@@ -247,7 +247,7 @@ def candidates(spec: AttentionSpec, device: torch.device, facts: Facts, default:
         made: dict[str, Any] = {"triton": triton_config.candidates(need)}
         if "hopper" in question(spec, device).fields["kernels"]:
             chosen = usual["hopper"] = hopper_asked.choose(spec, facts.mean_q, facts.page_size)
-            made["hopper"] = hopper_offered.candidates(chosen, spec.heads, facts.page_size)
+            made["hopper"] = hopper_offered.candidates(chosen, spec.heads, facts.page_size, spec.q_dtype.itemsize)
         usual[default.backend] = default.config
         far = {}
         for backend, configs in made.items():

@@ -20,19 +20,26 @@ from flashloom.kernel.triton import TritonKernel
 
 __all__ = ["GluonKernel", "MapLaunch", "TensorMaps", "launcher", "tensor_map_type"]
 
-SWIZZLE_BYTES = 128
 MAP_BYTES = 128
 # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion of the driver API
-_TYPES = {torch.float16: 6, torch.bfloat16: 9}
-_SWIZZLE_128B, _PROMOTE_128B = 3, 2
+_TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float8_e4m3fn: 0}  # bytes are bytes
+_SWIZZLES, _PROMOTE_128B = {64: 2, 128: 3}, 2
 _INVALID_VALUE = 1  # CUDA_ERROR_INVALID_VALUE
-_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8e4nv"}
 _KEPT, _ADDRESSES = 1024, 256  # forms of tensors, and tensors of one form
 
 
+def _swizzle(box: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of a swizzled row in shared memory: 128, or 64 where a box has no more."""
+    return 128 if box[-1] * dtype.itemsize > 64 else 64
+
+
 def tensor_map_type(box: Sequence[int], dtype: torch.dtype) -> str:
-    """Gluon's name for a map whose copies are boxes of this shape, in rows of 128 swizzled bytes."""
-    layout = f"NVMMASharedLayout(swizzle_byte_width={SWIZZLE_BYTES}, element_bitwidth=16, rank={len(box)})"
+    """Gluon's name for a map whose copies are boxes of this shape, in swizzled rows."""
+    layout = (
+        f"NVMMASharedLayout(swizzle_byte_width={_swizzle(box, dtype)}, element_bitwidth={8 * dtype.itemsize}, "
+        f"rank={len(box)})"
+    )
     return f"tensordesc<{_NAMES[dtype]}[{', '.join(map(str, box))}],{layout}>"
 
 
@@ -50,11 +57,13 @@ class TensorMaps:
     """The encodings of one argument: boxes of `box` elements of tensors of `dtype`."""
 
     def __init__(self, box: Sequence[int], dtype: torch.dtype):
-        inner = min(box[-1], SWIZZLE_BYTES // dtype.itemsize)  # a copy is as wide as the swizzle
+        swizzle = _swizzle(box, dtype)
+        inner = min(box[-1], swizzle // dtype.itemsize)  # a copy is as wide as the swizzle
         rank = len(box)
         self._box = (ctypes.c_uint32 * rank)(*reversed((*box[:-1], inner)))
         self._steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         self._rank, self._type, self._size = rank, _TYPES[dtype], dtype.itemsize
+        self._swizzle = _SWIZZLES[swizzle]
         self._known: dict[tuple[Any, ...], Callable[[int], bytes]] = {}
 
     def of(self, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Callable[[int], bytes]:
@@ -78,7 +87,7 @@ class TensorMaps:
         code = cuda._driver().cuTensorMapEncodeTiled(
             ctypes.c_void_p(place), ctypes.c_int(self._type), ctypes.c_uint32(self._rank), ctypes.c_void_p(address),
             (ctypes.c_uint64 * self._rank)(*reversed(sizes)), (ctypes.c_uint64 * (self._rank - 1))(*reversed(steps)),
-            self._box, self._steps, 0, _SWIZZLE_128B, _PROMOTE_128B, 0,
+            self._box, self._steps, 0, self._swizzle, _PROMOTE_128B, 0,
         )  # fmt: skip
         what = f"encoding a tensor map of sizes {sizes}, strides {strides} elements at {address:#x}"
         if code == _INVALID_VALUE:

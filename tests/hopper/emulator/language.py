@@ -31,7 +31,7 @@ class Type:
 TYPES = {
     "fp16": Type(torch.float16), "bf16": Type(torch.bfloat16), "fp32": Type(torch.float32), "fp64": Type(torch.float64),
     "i1": Type(torch.bool), "i8": Type(torch.int8), "i16": Type(torch.int16), "i32": Type(torch.int32),
-    "i64": Type(torch.int64), "u8": Type(torch.uint8),
+    "i64": Type(torch.int64), "u8": Type(torch.uint8), "fp8e4nv": Type(torch.float8_e4m3fn),
 }  # fmt: skip
 
 
@@ -195,6 +195,9 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.x.permute(order), self.dtype)
 
+    def _reinterpret(self, dtype: Type, shape: Sequence[int], _layout: Any) -> Shared:
+        return Shared(self.x.view(dtype.torch).view(*shape), dtype)
+
     def load(self, _layout: Any) -> Block:
         return Block(self.x.clone())
 
@@ -207,7 +210,7 @@ class Shared:
 
     def spoil(self) -> None:
         """Nobody may read it before what is under way has come."""
-        self.x.fill_(float("nan"))
+        self.x.view(torch.uint8).fill_(0x7F) if self.x.itemsize == 1 else self.x.fill_(float("nan"))
 
 
 class Barriers:
@@ -221,7 +224,10 @@ class Barriers:
 def allocate_shared_memory(dtype: Type, shape: Sequence[int], layout: Any) -> Any:
     if layout == "barriers":
         return Barriers(shape[0])
-    x = torch.full(tuple(shape), float("nan") if dtype.torch.is_floating_point else -77777, dtype=dtype.torch)
+    fill = float("nan") if dtype.torch.is_floating_point else -77777
+    x = torch.full(tuple(shape), fill, dtype=torch.float32 if dtype.torch.itemsize == 1 else dtype.torch).to(
+        dtype.torch
+    )
     return Shared(x, dtype)
 
 
@@ -461,6 +467,8 @@ def _module() -> SimpleNamespace:
         allocate_shared_memory=allocate_shared_memory, warp_specialize=warp_specialize, barrier=barrier,
         inline_asm_elementwise=inline_asm_elementwise, program_id=program_id, num_warps=lambda: 1,
         num_programs=lambda _: Block(torch.tensor(machine().programs, dtype=torch.int32)),
+        reshape=lambda x, shape: Block(x.x.reshape(tuple(shape))),
+        permute=lambda x, order: Block(x.x.permute(tuple(order))), DistributedLinearLayout=dummy,
         BlockedLayout=dummy, SliceLayout=dummy, NVMMASharedLayout=dummy, NVMMADistributedLayout=dummy,
         DotOperandLayout=dummy, SwizzledSharedLayout=dummy,
         arange=lambda a, b, layout=None: Block(torch.arange(a, b, dtype=torch.int32)),
@@ -475,7 +483,7 @@ def _module() -> SimpleNamespace:
         setattr(gl, name, _unary(getattr(torch, name)))
     for name, kind in {
         "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64", "int1": "i1", "int8": "i8",
-        "int32": "i32", "int64": "i64",
+        "int16": "i16", "int32": "i32", "int64": "i64", "float8e4nv": "fp8e4nv",
     }.items():  # fmt: skip
         setattr(gl, name, TYPES[kind])
     return gl
@@ -486,3 +494,6 @@ gl = _module()
 
 def jit(function: Any) -> Any:
     return function
+
+
+constexpr_function = jit

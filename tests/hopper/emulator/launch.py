@@ -27,26 +27,38 @@ from flashloom.kernel import gluon
 PROCESSORS = 3
 _stand_in = ModuleType("flashloom.attention.kernels.hopper.gluon")
 for _name in (
-    "barrier", "copy_rows", "copy_rows_arrive", "fence_async_shared", "gl", "jit", "mbarrier", "tma_load", "tma_store",
-    "tma_store_wait", "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait",
+    "barrier", "constexpr_function", "copy_rows", "copy_rows_arrive", "fence_async_shared", "gl", "jit", "mbarrier",
+    "tma_load", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait",
 ):  # fmt: skip
     setattr(_stand_in, _name, getattr(language, _name))
 assert _stand_in.__name__ not in sys.modules, "the kernels were imported before the emulator"
 sys.modules[_stand_in.__name__] = _stand_in
 
-from flashloom.attention.kernels.hopper import consume  # noqa: E402
+from flashloom.attention.kernels.hopper import step, transpose  # noqa: E402
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on plans for CPU tensors are the Hopper executor's, or of the Triton kernels that it falls back to."""
     patch = monkeypatch.setattr
-    patch(consume, "tanh_of_half", lambda z: Block(torch.tanh(z.x / 2)))  # assembly, in the kernel
+    patch(step, "tanh_of_half", lambda z: Block(torch.tanh(z.x / 2)))  # assembly, in the kernel, as the next two
+    patch(transpose, "four_bytes", lambda x: Block(x.x.clamp(-448, 448).to(torch.float8_e4m3fn)))
+    patch(transpose, "regroup", regroup)
     patch(gluon, "TensorMaps", Maps)
     patch(gluon, "launcher", Launch)
     patch(hopper_executor, "Staging", lambda device: SimpleNamespace(errors=[], capacity=0, stream=0))
     patch(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=PROCESSORS))
     patch(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setitem(dispatch.ATTENTION, "cpu", [f"{__name__}:Emulated"])
+
+
+def regroup(x: Block) -> Block:
+    """Of 16-bit numbers [tokens, pairs], those of the tokens 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of 16, which one thread
+    holds in this order: first the low bytes of all of them, then the high ones."""
+    tokens, pairs = x.x.shape
+    four = x.x.view(tokens // 16, 2, 4, 2, pairs).permute(0, 2, 4, 1, 3).contiguous()  # 16 tokens, t, pair, c, b
+    own = four.view(torch.uint8).view(*four.shape[:3], 4, 2)
+    swapped = own.transpose(-1, -2).contiguous().view(torch.int16).view(four.shape)
+    return Block(swapped.permute(0, 3, 1, 4, 2).reshape(tokens, pairs))
 
 
 class Maps:
@@ -129,6 +141,6 @@ class Emulated(hopper_executor.HopperExecutor):
     def run(self, q: Any, kv: Any, out: Any, lse: Any, **more: Any) -> None:
         Emulated.memory = Memory()
         fields = [x for x in more["values"] if isinstance(x, torch.Tensor)]
-        own = [*self._buffers.views.values(), self._counter, *fields]
+        own = [*self._buffers.views.values(), self._counter, self._one_scale, kv.k_scale, kv.v_scale, *fields]
         Emulated.memory.allow(*self.allowed(q, kv.k, kv.v, out, lse), *own)
         super().run(q, kv, out, lse, **more)

@@ -37,8 +37,8 @@ class Form:
 def unsuitable(spec: AttentionSpec) -> str | None:
     """Why the kernel cannot compute this, in a few words, or None."""
     heads, program = spec.heads, spec.program
-    if spec.q_dtype not in (torch.float16, torch.bfloat16) or spec.kv_dtype != spec.q_dtype:
-        return "queries, keys and values must all be float16 or all bfloat16"
+    if spec.q_dtype not in (torch.float16, torch.bfloat16, torch.float8_e4m3fn) or spec.kv_dtype != spec.q_dtype:
+        return "queries, keys and values must all be float16, all bfloat16 or all float8_e4m3fn"
     if not program.softmax:
         return "variants without softmax are not supported"
     if program.key is not None:
@@ -51,8 +51,14 @@ def unsuitable(spec: AttentionSpec) -> str | None:
         return "values that are part of their keys are not supported"
     if max(heads.dim, heads.value_dim) > 256:
         return f"head widths above 256 are not supported (dim={heads.dim}, value_dim={heads.value_dim})"
-    if heads.dim % 8 or heads.value_dim % 8:
-        return f"head widths must be multiples of 8 (dim={heads.dim}, value_dim={heads.value_dim})"
+    vector = 16 // spec.q_dtype.itemsize
+    if heads.dim % vector or heads.value_dim % vector:
+        return f"head widths must be multiples of {vector} (dim={heads.dim}, value_dim={heads.value_dim})"
+    if spec.q_dtype.itemsize == 1:
+        if max(heads.dim, heads.value_dim) > 128:
+            return f"8-bit heads wider than 128 are not supported (dim={heads.dim}, value_dim={heads.value_dim})"
+        if program.query is not None:
+            return "query transforms of 8-bit queries are not supported, they would be rounded to 8 bits again"
     return None
 
 
@@ -64,11 +70,13 @@ def _own_elements(hook: Expr) -> bool:
 def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     """The config of a spec for a batch's mean query and pages of this size (0: a request is one run of tokens)."""
     heads, logits = spec.heads, spec.program.logits
-    heavy = logits is not None and any(node.op in SPECIAL for node in topological(logits))
+    narrow = spec.q_dtype.itemsize == 1  # then no logits transform has registers for a large tile
+    heavy = logits is not None and (narrow or any(node.op in SPECIAL for node in topological(logits)))
     masked = spec.program.mask is not None
     return sizes.choose(
-        heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, masked
-    )
+        heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, masked,
+        spec.q_dtype.itemsize,
+    )  # fmt: skip
 
 
 def boxes(spec: AttentionSpec, config: Config) -> tuple[tuple[int, ...], ...]:
@@ -93,7 +101,10 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     dim, value_dim = width(heads.dim), width(heads.value_dim)
     by_rows = config.box == 1
     names = ("q", "out_map") if by_rows else ("q", "k", "v", "out_map")
-    signature: dict[str, Any] = {n: tensor_map_type(box, dtype) for n, box in zip(names, boxes(spec, config))}
+    signature: dict[str, Any] = {
+        n: tensor_map_type(box, spec.out_dtype if n == "out_map" else dtype)
+        for n, box in zip(names, boxes(spec, config))
+    }
     signature |= {"out": pointer(form.out_dtype), "lse": "*fp32"}
     signature |= {n: pointer(dtype) for n in ("k_rows", "v_rows") if by_rows}
     signature |= {"items": "*i32", "pages": "*i32", "counter": "*i32"}
@@ -101,6 +112,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     signature |= dict.fromkeys(("out_token", "out_head", "lse_token", "lse_head"), "i64")
     signature |= {"ragged": "i32", "sm_scale": "fp32", "flags": "i32"}
     signature |= dict.fromkeys(("k_strides", "v_strides"), ("i64",) * (3 * by_rows))
+    signature["scales"] = ("*fp32", "*fp32", "i32", "i32") if dtype.itemsize == 1 else ()
     signature["values"] = asked.value_types(spec.program)
     constants = {
         "LOGITS": None if hooks.cap_factors or hooks.position_slope else hooks.logits_transform,
@@ -111,9 +123,10 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "HEADS": heads.q_heads // config.pack, "PACK": config.pack, "GROUP": heads.group, "DIM": dim,
         "KEY_DIM": heads.dim, "WIDTH": value_dim, "VALUE_DIM": heads.value_dim, "PAGE_SIZE": page_size,
         "BOX": config.box, "CONSUMERS": config.consumers, "BLOCK_N": config.block_n, "STAGES": config.stages,
-        "OUT_MAP": form.out_dtype == dtype, "REUSE_Q": dim == value_dim == 256,
-        "Q_STAGES": sizes.q_stages(config, dim, value_dim), "RING": sizes.RING, "CONSUMER_REGISTERS": config.registers,
-        "OTHER_REGISTERS": config.other_registers,
+        "OUT_MAP": form.out_dtype == spec.out_dtype, "REUSE_Q": dim == value_dim == 256,
+        "Q_STAGES": sizes.q_stages(config, dim, value_dim, dtype.itemsize), "RING": sizes.RING,
+        "CONSUMER_REGISTERS": config.registers, "OTHER_REGISTERS": config.other_registers,
+        "TRANSPOSER_REGISTERS": sizes.transposer_registers(config),
     }  # fmt: skip
     constants |= dict.fromkeys(("k", "v") if by_rows else ("k_rows", "v_rows"))
     aligned = ("out", "items", "pages", *(n for n in ("k_rows", "v_rows") if by_rows))

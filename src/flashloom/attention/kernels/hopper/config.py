@@ -16,7 +16,7 @@ LEAST_BOX = 8  # rows of a copy by a tensor map: the swizzle repeats after so ma
 class Config:
     """consumers of 64 packed query rows each share a tile of block_n keys, stages of which are in flight; pack query
     heads of a group share a tile; box rows per copy of keys; registers per thread of a consumer, and of the other
-    warps."""
+    warps. Of 8-bit elements four more warps have what those leave (`transposer_registers`)."""
 
     consumers: int
     block_n: int
@@ -56,11 +56,22 @@ def pack(group: int, mean_q_len: int) -> int:
     return min(group & -group, 64)
 
 
-def q_stages(config: Config, dim: int, value_dim: int) -> int:
-    """Tiles of queries in shared memory: two where they fit, so that the next ones are there in time."""
+def tile_bytes(config: Config, dim: int, value_dim: int, q_tiles: int, itemsize: int = 2) -> int:
+    """Shared memory for tiles of queries, keys, values and results. 8-bit values lie there twice, and their results
+    have 16 bits."""
     keys, values = width(dim), width(value_dim)
-    size = 2 * (config.block_m * (2 * keys + values) + config.stages * config.block_n * (keys + values))
-    return 2 if size <= SHARED else 1
+    kv = config.stages * config.block_n * (keys + (2 if itemsize == 1 else 1) * values)
+    return config.block_m * (q_tiles * keys * itemsize + 2 * values) + kv * itemsize
+
+
+def q_stages(config: Config, dim: int, value_dim: int, itemsize: int = 2) -> int:
+    """Tiles of queries in shared memory: two where they fit, so that the next ones are there in time."""
+    return 2 if tile_bytes(config, dim, value_dim, 2, itemsize) <= SHARED else 1
+
+
+def transposer_registers(config: Config) -> int:
+    """Registers per thread of the transposing warpgroup: what the others leave of a multiprocessor's."""
+    return min(512 - config.consumers * config.registers - config.other_registers, 64)
 
 
 def choose(
@@ -72,14 +83,18 @@ def choose(
     invariant: bool,
     heavy: bool = False,
     masked: bool = True,
+    itemsize: int = 2,
 ) -> Config:
     """The config for head widths and a batch's mean query; invariant: it may not depend on the batch; heavy: the logits
     go through special functions, whose temporaries want the registers of a smaller tile; masked: tiles may need a
-    mask."""
+    mask; itemsize: bytes of an element."""
     widest = max(width(dim), width(value_dim))
     block_n = 64 if heavy or widest > 128 else 128
     box = box_rows(page_size, block_n)
     heads = 1 if invariant else pack(group, mean_q_len)
+    if itemsize == 1:  # what these leave is for the warps that transpose the values
+        registers, others = (224, 24) if box > 1 else (200, 72)
+        return Config(2, block_n, 2, heads, box, registers, others)
     if widest == 64 and not heavy and not masked:  # a third consumer fills the time that the softmax of two leaves
         return Config(3, block_n, 2, heads, box, 160, 32)
     # many copies per tile want registers for the page numbers; wide accumulators have none to give

@@ -6,7 +6,6 @@ that one computes its softmax while the other multiplies.
 """
 
 # ruff: noqa: SIM102
-from flashloom.attention.kernels.hopper.cap import tanh_of_half
 from flashloom.attention.kernels.hopper.gluon import (
     barrier,
     fence_async_shared,
@@ -19,6 +18,7 @@ from flashloom.attention.kernels.hopper.gluon import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from flashloom.attention.kernels.hopper.narrow import run_tile
 from flashloom.attention.kernels.hopper.schedule import (
     BATCH,
     END,
@@ -37,122 +37,15 @@ from flashloom.attention.kernels.hopper.schedule import (
     key_tile,
     word,
 )
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-
-
-@jit
-def once_per_thread(TEXT: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    x = gl.full([128], 0, gl.int32, layout)  # one element in each thread
-    gl.inline_asm_elementwise(TEXT, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@jit
-def enter(NUMBER: gl.constexpr):
-    """Wait for this consumer's turn at the tensor cores. Triton's own code uses named barriers below 9."""
-    if NUMBER == 0:
-        once_per_thread("bar.sync 9, 256; mov.b32 $0, $1;")
-    elif NUMBER == 1:
-        once_per_thread("bar.sync 10, 256; mov.b32 $0, $1;")
-    else:
-        once_per_thread("bar.sync 11, 256; mov.b32 $0, $1;")
-
-
-@jit
-def leave(NUMBER: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Give the turn to the next consumer."""
-    if NUMBER + 1 == CONSUMERS:
-        once_per_thread("bar.arrive 9, 256; mov.b32 $0, $1;")
-    elif NUMBER == 0:
-        once_per_thread("bar.arrive 10, 256; mov.b32 $0, $1;")
-    else:
-        once_per_thread("bar.arrive 11, 256; mov.b32 $0, $1;")
-
-
-@jit
-def await_copy(full, stage, phase, FENCE: gl.constexpr):
-    """Wait until a stage is full. Copies that threads made themselves must become visible to the tensor cores."""
-    mbarrier.wait(full.index(stage), phase)
-    if FENCE:
-        fence_async_shared()
-
-
-@jit
-def shape_of_logits(
-    q_head, q_pos, sm_scale, at, values, CAP: gl.constexpr, SLOPE: gl.constexpr,
-):  # fmt: skip
-    """What a tile of queries needs of a soft cap, the factors before and after its tanh of a half, or of a bias by
-    distance, its slope in units of log2."""
-    batch, kv_head, q_len, kv_len, q_start, kv_start = at
-    if CAP is not None:
-        outer, inner = CAP(values)
-        inner = gl.where(outer < 0, -inner, inner)  # the factor of the softmax is positive
-        return (2.0 * sm_scale) * inner, gl.maximum(gl.abs(outer) * LOG2E, 1e-37)
-    elif SLOPE is not None:
-        return SLOPE(batch, q_head, kv_head, q_pos, q_len, kv_len, q_start, kv_start, values) * LOG2E
-    else:
-        return 0.0
-
-
-@jit
-def weights(
-    s, top, total, tile, q_head, q_pos, sm_scale, at, values, shape,
-    LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
-    MASKED_TILE: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: (weights, factor for what was summed before, top, total) from the products s
-    [64, BLOCK_N]. `top` is kept in units of log2. `shape`: see `shape_of_logits`."""
-    batch, kv_head, q_len, kv_len, q_start, kv_start = at
-    scale = sm_scale * LOG2E
-    if LOGITS is not None or MASKED_TILE:
-        kv_pos = (tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)))[None, :]
-    if CAP is not None:
-        s = tanh_of_half(s * shape[0])
-        scale = shape[1]
-    elif SLOPE is not None:
-        column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)).to(gl.float32)[None, :]
-        base = shape * (tile * BLOCK_N - q_pos).to(gl.float32)
-        s = s * scale + (shape * column + base)
-        scale = 1.0
-    elif RAW:
-        scale = gl.maximum(scale, 1e-37)  # 0 must not meet -inf
-    else:
-        s = s * sm_scale
-        if LOGITS is not None:
-            s = LOGITS(s, batch, q_head, kv_head, q_pos, kv_pos, q_len, kv_len, q_start, kv_start, values) + gl.zeros(
-                s.shape, gl.float32, LAYOUT
-            )
-        scale = LOG2E
-    if MASKED_TILE:
-        keep = kv_pos < kv_len
-        if MASK is not None:
-            keep = keep & MASK(batch, q_head, kv_head, q_pos, kv_pos, q_len, kv_len, q_start, kv_start, values)
-        s = gl.where(keep, s, float("-inf"))
-    new_top = gl.maximum(top, gl.max(s, 1) * scale)
-    base = new_top
-    if MASKED_TILE or LOGITS is not None or SLOPE is not None:
-        base = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(s * scale - base[:, None])
-    rescale = gl.exp2(top - base)
-    return p, rescale, new_top, total * rescale + gl.sum(p, 1)
-
-
-@jit
-def clear_rows(stage, first, end, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Zero the rows of a stage from position `end` on, so that a weight of 0 meets no NaN there."""
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 * 8 // WIDTH, WIDTH // 8] if WIDTH < 256 else [1, 32], [4, 1], [1, 0]
-    )
-    for i in gl.static_range(BLOCK_N // 16):
-        if first + i * 16 + 16 > end:
-            part = stage.slice(i * 16, 16, dim=0)
-            position = first + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
-            x = part.load(layout)
-            part.store(gl.where((position < end)[:, None], x, gl.zeros([16, WIDTH], x.dtype, layout)))
-    fence_async_shared()
-    barrier()
+from flashloom.attention.kernels.hopper.step import (
+    LN2,
+    await_copy,
+    enter,
+    leave,
+    shape_of_logits,
+    weights,
+)
+from flashloom.attention.kernels.hopper.transpose import clear_rows, column_of, in_order
 
 
 @jit
@@ -181,7 +74,7 @@ def run_tiles(
         tile = key_tile(i, masked, high, end, full_begin, full_end)
         p, rescale, top, total = weights(
             s, top, total, tile, q_head, q_pos, sm_scale, at, values, shape, LOGITS, CAP, SLOPE, MASK, RAW,
-            MASKED_TILES, BLOCK_N, S_LAYOUT,
+            MASKED_TILES, BLOCK_N, S_LAYOUT, 0,
         )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
@@ -214,12 +107,14 @@ def transform_rows(q, first, last, head, at, values, QUERY: gl.constexpr, PACK: 
 @jit
 def store_rows(
     x, out, first, last, q_start, head, out_token, out_head, PACK: gl.constexpr, WIDTH: gl.constexpr,
-    VEC: gl.constexpr, LAYOUT: gl.constexpr,
+    VEC: gl.constexpr, LAYOUT: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """Store x [64, *], packed rows `first` and on, as far as there are rows (last) and columns (WIDTH). The strides
-    count vectors of VEC elements."""
+    count vectors of VEC elements. TURNED: the columns are in the order of transposed values."""
     row = first + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     column = gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+    if TURNED:
+        column = column_of(column)
     where = (q_start + row // PACK).to(gl.int64) * out_token + (head * PACK + row % PACK).to(gl.int64) * out_head
     inside = (row < last)[:, None]
     if x.shape[1] > WIDTH:
@@ -243,13 +138,16 @@ def consumer(
     """Rows NUMBER * 64 and on of every tile in the ring. flags: bit 0 store lse, bit 1 partial."""
     (
         out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
-        k_empty, v_full, v_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale, flags, values,
+        k_empty, v_full, v_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale, flags, scales, values,
     ) = what  # fmt: skip
     VEC: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
-    WIDTH: gl.constexpr = v_smem.shape[2]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    FP8: gl.constexpr = k_smem.dtype.primitive_bitwidth == 8
+    RAISED: gl.constexpr = 8 if FP8 else 0
+    WIDTH: gl.constexpr = o_smem.shape[2]
+    DEPTH: gl.constexpr = 32 if FP8 else 16  # of one product
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, DEPTH])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, DEPTH])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=DEPTH // 8)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     out_layout: gl.constexpr = gl.BlockedLayout(
         [1, 8], [32 * 8 // WIDTH, WIDTH // 8] if WIDTH < 256 else [1, 32], [4, 1], [1, 0]
@@ -282,6 +180,11 @@ def consumer(
         row = first + gl.arange(0, 64, row_layout)
         if tiles > 0:
             kv_head = head * PACK // GROUP
+            scale = sm_scale
+            value_scale = 1.0
+            if FP8:
+                scale = sm_scale * gl.load(scales[0] + kv_head * scales[2])
+                value_scale = gl.load(scales[1] + kv_head * scales[3])
             at = (batch, kv_head, q_len, kv_len, q_start, kv_start)
             inner = gl.minimum(row, last - 1)  # hooks see rows that exist
             q_pos = (kv_len - q_len + inner // PACK)[:, None]
@@ -289,50 +192,59 @@ def consumer(
                 q_head = head
             else:
                 q_head = (head * PACK + inner % PACK)[:, None]
-            shape = shape_of_logits(q_head, q_pos, sm_scale, at, values, CAP, SLOPE)
+            shape = shape_of_logits(q_head, q_pos, scale, at, values, CAP, SLOPE)
             buffer = (used % Q_STAGES) * CONSUMERS + NUMBER
             q = q_smem.index(buffer)
             mbarrier.wait(q_full.index(buffer), (used // Q_STAGES) & 1)
             if QUERY is not None:
                 transform_rows(q, first, last, head, at, values, QUERY, PACK)
-            stage = step % STAGES
-            await_copy(k_full, stage, (step // STAGES) & 1, FENCE)
-            enter(NUMBER)
-            s = warpgroup_mma(
-                q, k_smem.index(stage).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False,
-                is_async=True,
-            )  # fmt: skip
-            leave(NUMBER, CONSUMERS)
-            s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            tile = key_tile(0, masked, high, end, full_begin, full_end)
-            top = gl.full([64], float("-inf"), gl.float32, row_layout)
-            p, _rescale, top, total = weights(
-                s, top, gl.zeros([64], gl.float32, row_layout), tile, q_head, q_pos, sm_scale, at, values, shape,
-                LOGITS, CAP, SLOPE, MASK, RAW, True, BLOCK_N, s_layout,
-            )  # fmt: skip
-            p16 = gl.convert_layout(p.to(k_smem.dtype), p_layout)
-            if tile * BLOCK_N + BLOCK_N > kv_len:
-                await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
-                clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, WIDTH, BLOCK_N)
-            acc = warpgroup_mma_init(gl.zeros([64, WIDTH], gl.float32, o_layout))
-            if MASK is not None:
-                step, acc, p16, top, total = run_tiles(
-                    1, masked, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked,
-                    high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape, LOGITS, CAP, SLOPE,
-                    MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE,
+            if FP8:
+                acc, top, total, stage = run_tile(
+                    tiles, step, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, q_empty.index(buffer), masked,
+                    high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape, LOGITS, CAP, SLOPE, MASK,
+                    RAW, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE, RAISED,
                 )  # fmt: skip
-            step, acc, p16, top, total = run_tiles(
-                gl.maximum(masked, 1), tiles, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full,
-                v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape, LOGITS,
-                CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE,
-            )  # fmt: skip
-            if not REUSE_Q:
-                mbarrier.arrive(q_empty.index(buffer), count=1)
-            stage = step % STAGES
-            await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
-            acc = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+                step += tiles - 1
+            else:
+                stage = step % STAGES
+                await_copy(k_full, stage, (step // STAGES) & 1, FENCE)
+                enter(NUMBER)
+                s = warpgroup_mma(
+                    q, k_smem.index(stage).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, s_layout),
+                    use_acc=False, is_async=True,
+                )  # fmt: skip
+                leave(NUMBER, CONSUMERS)
+                s = warpgroup_mma_wait(0, deps=[s])
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                tile = key_tile(0, masked, high, end, full_begin, full_end)
+                top = gl.full([64], float("-inf"), gl.float32, row_layout)
+                p, _rescale, top, total = weights(
+                    s, top, gl.zeros([64], gl.float32, row_layout), tile, q_head, q_pos, scale, at, values, shape,
+                    LOGITS, CAP, SLOPE, MASK, RAW, True, BLOCK_N, s_layout, 0,
+                )  # fmt: skip
+                p16 = gl.convert_layout(p.to(k_smem.dtype), p_layout)
+                if tile * BLOCK_N + BLOCK_N > kv_len:
+                    await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
+                    clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, WIDTH, BLOCK_N)
+                acc = warpgroup_mma_init(gl.zeros([64, WIDTH], gl.float32, o_layout))
+                if MASK is not None:
+                    step, acc, p16, top, total = run_tiles(
+                        1, masked, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                        masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape, LOGITS, CAP,
+                        SLOPE, MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE,
+                    )  # fmt: skip
+                step, acc, p16, top, total = run_tiles(
+                    gl.maximum(masked, 1), tiles, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty,
+                    v_full, v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape,
+                    LOGITS, CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout,
+                    p_layout, FENCE,
+                )  # fmt: skip
+                if not REUSE_Q:
+                    mbarrier.arrive(q_empty.index(buffer), count=1)
+                stage = step % STAGES
+                await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
+                acc = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
             if OUT_MAP and not REUSE_Q:
                 tma_store_wait(0)  # the arrival below is a barrier: nobody writes the buffer before it has been read
             mbarrier.arrive(v_empty.index(stage), count=1)
@@ -341,8 +253,9 @@ def consumer(
 
             empty = total == 0.0
             whole = gl.where(empty, 1.0, total)
-            level = gl.where(empty, float("-inf"), (top + gl.log2(whole)) * LN2)
-            result = acc * gl.convert_layout(1.0 / whole, gl.SliceLayout(1, o_layout), assert_trivial=True)[:, None]
+            level = gl.where(empty, float("-inf"), (top + (gl.log2(whole) - RAISED)) * LN2)
+            factor = gl.convert_layout(value_scale / whole, gl.SliceLayout(1, o_layout), assert_trivial=True)
+            result = acc * factor[:, None]
             if OUTPUT is not None:
                 if flags & 2 == 0:
                     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -353,6 +266,8 @@ def consumer(
                     else:
                         o_head = (head * PACK + o_inner % PACK)[:, None]
                     o_dim = gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout))[None, :]
+                    if FP8:
+                        o_dim = column_of(o_dim)
                     result = OUTPUT(
                         result, o_level, batch, o_head, kv_head, (kv_len - q_len + o_inner // PACK)[:, None], q_len,
                         kv_len, q_start, kv_start, o_dim, values,
@@ -361,7 +276,9 @@ def consumer(
             if flags & 1:
                 store_lse(level, lse, row, last, out_start, head, lse_token, lse_head, PACK)
             if OUT_MAP:
-                o.store(result.to(k_smem.dtype))
+                if FP8:
+                    result = in_order(result)
+                o.store(result.to(o.dtype))
                 fence_async_shared()
                 barrier()
                 if first + 64 <= last:
@@ -369,11 +286,35 @@ def consumer(
                 else:
                     x = o.load(out_layout)
                     store_rows(
-                        x, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout
+                        x,
+                        out,
+                        first,
+                        last,
+                        out_start,
+                        head,
+                        out_token,
+                        out_head,
+                        PACK,
+                        VALUE_DIM,
+                        VEC,
+                        out_layout,
+                        False,
                     )
             else:
                 store_rows(
-                    result, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, o_layout
+                    result,
+                    out,
+                    first,
+                    last,
+                    out_start,
+                    head,
+                    out_token,
+                    out_head,
+                    PACK,
+                    VALUE_DIM,
+                    VEC,
+                    o_layout,
+                    FP8,
                 )
             if REUSE_Q:
                 tma_store_wait(0)
@@ -386,7 +327,19 @@ def consumer(
                 )  # fmt: skip
             nothing = gl.zeros([64, WIDTH], gl.float32, out_layout)
             store_rows(
-                nothing, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout
+                nothing,
+                out,
+                first,
+                last,
+                out_start,
+                head,
+                out_token,
+                out_head,
+                PACK,
+                VALUE_DIM,
+                VEC,
+                out_layout,
+                False,
             )
         turn += 1
         mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)

@@ -12,8 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.language.nvidia.hopper import tma as _tma
 
+from triton import constexpr_function
+
 __all__ = [
     "barrier",
+    "constexpr_function",
     "copy_rows",
     "copy_rows_arrive",
     "fence_async_shared",

@@ -51,9 +51,10 @@ def load_rows(
     DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Fill one stage with the keys `token` and on, of which `last` is the last to be read; `strides` of pages, tokens
-    and heads count vectors of 8. Readers need a fence: these copies are not those of the tensor memory accelerator."""
+    and heads count vectors of 16 bytes. Readers need a fence: these are not copies of the tensor memory accelerator."""
     WIDTH: gl.constexpr = stage.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // WIDTH, WIDTH // 8], [1, 1], [1, 0])
+    VEC: gl.constexpr = 128 // stage.dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // WIDTH, WIDTH // VEC], [1, 1], [1, 0])
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
     position = gl.minimum(token + gl.arange(0, 16, gl.SliceLayout(1, layout)), last)
     page = gl.load(pages + position // PAGE_SIZE)
@@ -62,7 +63,7 @@ def load_rows(
         if i + 1 < BLOCK_N // 16:  # the next page numbers come while these rows are asked for
             position = gl.minimum(token + (i + 1) * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout)), last)
             page = gl.load(pages + position // PAGE_SIZE)
-        source = rows + (where * 8)[:, None] + column
+        source = rows + (where * VEC)[:, None] + column
         if DIM < WIDTH:
             copy_rows(stage.slice(i * 16, 16, dim=0), source, mask=(column < DIM) & (position >= 0)[:, None])
         else:

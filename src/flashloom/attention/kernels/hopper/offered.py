@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flashloom.attention.kernels.hopper.config import LEAST_BOX, Config, box_rows, width
+from flashloom.attention.kernels.hopper.config import (
+    LEAST_BOX,
+    Config,
+    box_rows,
+    tile_bytes,
+    transposer_registers,
+    width,
+)
 from flashloom.attention.shape import HeadShape
 
 __all__ = ["OFFERED", "candidates", "valid"]
@@ -25,11 +32,16 @@ OFFERED: dict[str, tuple[int, ...]] = {
 }
 
 
-def valid(config: Config, heads: HeadShape, page_size: int) -> bool:
-    """Whether the kernel computes these heads with these pages (0: a request is one run of tokens), and fits."""
+def valid(config: Config, heads: HeadShape, page_size: int, itemsize: int = 2) -> bool:
+    """Whether the kernel computes these heads, elements of `itemsize` bytes, with these pages (0: a request is one run
+    of tokens), and fits."""
     keys, values, consumers = width(heads.dim), width(heads.value_dim), config.consumers
     rows = consumers * 64 * (keys + (0 if keys == values == 256 else values))
     size = 2 * (rows + config.stages * config.block_n * (keys + values)) + 2048
+    if itemsize == 1:
+        size = tile_bytes(config, heads.dim, heads.value_dim, 1, 1) + 2048
+        if consumers != 2 or config.block_n not in (64, 128) or transposer_registers(config) < 40:
+            return False
     threads = consumers * 128 * config.registers + 4 * 32 * config.other_registers
     return (
         size <= SHARED
@@ -40,7 +52,7 @@ def valid(config: Config, heads: HeadShape, page_size: int) -> bool:
     )
 
 
-def candidates(default: Config, heads: HeadShape, page_size: int) -> list[Config]:
+def candidates(default: Config, heads: HeadShape, page_size: int, itemsize: int = 2) -> list[Config]:
     """Other tiles, stages in flight, heads packed and registers, of which the valid ones are answered."""
     found = []
     for block_n in (64, 128):
@@ -49,10 +61,14 @@ def candidates(default: Config, heads: HeadShape, page_size: int) -> list[Config
             for pack in (n for n in POWERS if heads.group % n == 0 and n <= 64):
                 one = replace(default, block_n=block_n, stages=stages, pack=pack, box=box)
                 found.append(one)
-                if default.consumers == 2:
+                if itemsize == 1:
+                    found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 24), (216, 40))]
+                elif default.consumers == 2:
                     found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 72), (232, 40))]
-    if max(width(heads.dim), width(heads.value_dim)) == 64:
+    if itemsize > 1 and max(width(heads.dim), width(heads.value_dim)) == 64:
         three = {"consumers": 3, "registers": 160, "other_registers": 32}
         two = {"consumers": 2, "registers": 232, "other_registers": 40}
         found.append(replace(default, **(three if default.consumers == 2 else two)))
-    return [config for config in dict.fromkeys(found) if config != default and valid(config, heads, page_size)]
+    return [
+        config for config in dict.fromkeys(found) if config != default and valid(config, heads, page_size, itemsize)
+    ]
