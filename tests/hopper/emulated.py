@@ -175,6 +175,10 @@ def test_a_transposer_without_a_fence(monkeypatch):
         check(Case([60], [400], H(2, 1, 128), E4M3, page_size=16), "cpu", "hopper")
 
 
+def test_a_consumer_without_rows_that_keeps_its_turns(monkeypatch):
+    assert "deadlock" in broken(monkeypatch, {"keep_turns": lambda *_: None}, q_lens=[20, 10])
+
+
 def test_a_consumer_that_keeps_its_turn(monkeypatch):
     assert "deadlock" in broken(monkeypatch, {"leave": lambda *_: None})
 

@@ -41,6 +41,7 @@ from flashloom.attention.kernels.hopper.step import (
     LN2,
     await_copy,
     enter,
+    keep_turns,
     leave,
     shape_of_logits,
     weights,
@@ -178,7 +179,10 @@ def consumer(
         last = q_len * PACK
         out_start = q_start + batch * out_jump
         row = first + gl.arange(0, 64, row_layout)
-        if tiles > 0:
+        working = tiles > 0
+        if NUMBER > 0:
+            working = working & (first < last)  # a tile of few rows leaves none to this consumer
+        if working:
             kv_head = head * PACK // GROUP
             scale = sm_scale
             value_scale = 1.0
@@ -319,6 +323,13 @@ def consumer(
             if REUSE_Q:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(buffer), count=1)
+        elif tiles > 0:
+            buffer = (used % Q_STAGES) * CONSUMERS + NUMBER
+            mbarrier.wait(q_full.index(buffer), (used // Q_STAGES) & 1)
+            mbarrier.arrive(q_empty.index(buffer), count=1)
+            keep_turns(step, step + tiles, k_empty, v_empty, STAGES, NUMBER, CONSUMERS)
+            step += tiles
+            used += 1
         else:
             if flags & 1:
                 store_lse(

@@ -37,6 +37,19 @@ def leave(NUMBER: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @jit
+def keep_turns(
+    first, last, k_empty, v_empty, STAGES: gl.constexpr, NUMBER: gl.constexpr, CONSUMERS: gl.constexpr,
+):  # fmt: skip
+    """What a consumer without rows in a tile owes the others: its turns, and its word that stages are free. It gets a
+    turn when they have done the step before."""
+    for step in range(first, last):
+        enter(NUMBER)
+        leave(NUMBER, CONSUMERS)
+        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+
+
+@jit
 def await_copy(full, stage, phase, FENCE: gl.constexpr):
     """Wait until a stage is full. Copies that threads made themselves must become visible to the tensor cores."""
     mbarrier.wait(full.index(stage), phase)
