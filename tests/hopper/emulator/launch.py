@@ -35,12 +35,13 @@ assert _stand_in.__name__ not in sys.modules, "the kernels were imported before 
 sys.modules[_stand_in.__name__] = _stand_in
 
 from flashloom.attention.kernels.hopper import step, transpose  # noqa: E402
+from flashloom.attention.kernels.hopper.cap import LIMIT  # noqa: E402
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on plans for CPU tensors are the Hopper executor's, or of the Triton kernels that it falls back to."""
     patch = monkeypatch.setattr
-    patch(step, "tanh_of_half", lambda z: Block(torch.tanh(z.x / 2)))  # assembly, in the kernel, as the next two
+    patch(step, "capped", lambda z: Block(torch.tanh(z.x * (LIMIT / 2))))  # assembly, in the kernel, as the next two
     patch(transpose, "four_bytes", lambda x: Block(x.x.clamp(-448, 448).to(torch.float8_e4m3fn)))
     patch(transpose, "regroup", regroup)
     patch(gluon, "TensorMaps", Maps)

@@ -1,6 +1,6 @@
 """What a step of the Hopper kernel's consumers consists of: turns at the tensor cores, and the online softmax."""
 
-from flashloom.attention.kernels.hopper.cap import tanh_of_half
+from flashloom.attention.kernels.hopper.cap import LIMIT, capped
 from flashloom.attention.kernels.hopper.gluon import fence_async_shared, gl, jit, mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -61,13 +61,13 @@ def await_copy(full, stage, phase, FENCE: gl.constexpr):
 def shape_of_logits(
     q_head, q_pos, sm_scale, at, values, CAP: gl.constexpr, SLOPE: gl.constexpr,
 ):  # fmt: skip
-    """What a tile of queries needs of a soft cap, the factors before and after its tanh of a half, or of a bias by
+    """What a tile of queries needs of a soft cap, the factors before and after its tanh, or of a bias by
     distance, its slope in units of log2."""
     batch, kv_head, q_len, kv_len, q_start, kv_start = at
     if CAP is not None:
         outer, inner = CAP(values)
         inner = gl.where(outer < 0, -inner, inner)  # the factor of the softmax is positive
-        return (2.0 * sm_scale) * inner, gl.maximum(gl.abs(outer) * LOG2E, 1e-37)
+        return (2.0 / LIMIT * sm_scale) * inner, gl.maximum(gl.abs(outer) * LOG2E, 1e-37)
     elif SLOPE is not None:
         return SLOPE(batch, q_head, kv_head, q_pos, q_len, kv_len, q_start, kv_start, values) * LOG2E
     else:
@@ -88,7 +88,7 @@ def weights(
     if LOGITS is not None or MASKED_TILE:
         kv_pos = (tile * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)))[None, :]
     if CAP is not None:
-        s = tanh_of_half(s * shape[0])
+        s = capped(s * shape[0])
         scale = shape[1]
     elif SLOPE is not None:
         column = gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT)).to(gl.float32)[None, :]
