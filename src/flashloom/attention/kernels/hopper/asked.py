@@ -71,7 +71,10 @@ def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     """The config of a spec for a batch's mean query and pages of this size (0: a request is one run of tokens)."""
     heads, logits = spec.heads, spec.program.logits
     narrow = spec.q_dtype.itemsize == 1  # then no logits transform has registers for a large tile
-    heavy = logits is not None and (narrow or any(node.op in SPECIAL for node in topological(logits)))
+    special = logits is not None and any(node.op in SPECIAL for node in topological(logits))
+    heavy = narrow and logits is not None
+    if special and not narrow:
+        heavy = lower.functions(spec.program).cap_factors is None  # a cap's tanh is a polynomial
     masked = spec.program.mask is not None
     return sizes.choose(
         heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, masked,
