@@ -67,14 +67,20 @@ def _own_elements(hook: Expr) -> bool:
     return all(n.args[0].op == "input" and n.args[0].attr == "dim" for n in topological(hook) if n.op == "element")
 
 
+def _capped(spec: AttentionSpec) -> bool:
+    """Whether the logits hook is a soft cap: its tanh is a polynomial, and leaves registers for large tiles unless the
+    copies go by page."""
+    from flashloom.lower import gluon as lower
+
+    return lower.functions(spec.program).cap_factors is not None
+
+
 def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     """The config of a spec for a batch's mean query and pages of this size (0: a request is one run of tokens)."""
     heads, logits = spec.heads, spec.program.logits
     narrow = spec.q_dtype.itemsize == 1  # then no logits transform has registers for a large tile
     special = logits is not None and any(node.op in SPECIAL for node in topological(logits))
-    heavy = narrow and logits is not None
-    if special and not narrow:
-        heavy = lower.functions(spec.program).cap_factors is None  # a cap's tanh is a polynomial
+    heavy = logits is not None and (narrow or (special and (page_size > 0 or not _capped(spec))))
     masked = spec.program.mask is not None
     return sizes.choose(
         heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, masked,
