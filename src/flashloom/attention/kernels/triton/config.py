@@ -25,9 +25,9 @@ SHARED = {
 }
 
 
-# requests times kv heads from which latent attention takes blocks of 64 rows, decode takes long tiles, short ones that
-# fill the last round better, and long ones again with programs that share a multiprocessor
-PAIRS = (5, 32, 256, 512)
+# requests times kv heads from which latent attention takes blocks of 64 rows, decode takes long tiles, and programs
+# that share a multiprocessor
+PAIRS = (5, 32, 512)
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,9 @@ def choose(need: Need) -> Config:
     elif wide > 128 or rows > 16:
         config = Config(rows, 64 if wide <= 128 else 32, 4, 3, 2)
     elif need.kv_bytes == 1:
-        config = Config(rows, 128, 4, 3, 2) if need.pairs >= PAIRS[1] else Config(rows, 128, 4, 4, 1)
-    elif need.pairs >= PAIRS[3]:
-        config = Config(rows, 128, 4, 2, 3)
+        config = Config(rows, 128, 4, 3, 2)
     elif need.pairs >= PAIRS[2]:
-        config = Config(rows, 64, 4, 3, 1)
+        config = Config(rows, 128, 4, 2, 3)
     else:
         config = Config(rows, 128 if need.pairs >= PAIRS[1] else 64, 4, 3, 1)
     while not valid(config, need):
