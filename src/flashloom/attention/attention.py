@@ -35,10 +35,11 @@ class Attention:
     """What one kind of layer computes: heads, variant, dtypes. Thread-safe, cheap, and independent of any batch.
 
     heads: HeadShape. dtype: that of the queries (float32, float16, bfloat16, or 8-bit floats); kv_dtype: that of keys
-    and values, `dtype` unless given (also float8_e4m3fn, float8_e5m2, int8). layout: memory order of page tensors
-    passed as tuples, "NHD" or "HND". sm_scale: 1 / sqrt(heads.dim) unless given. batch_invariant: a request's result
-    does not depend on the batch's other requests. device: the first GPU, or the CPU where there is none. Raises
-    TypeError or ValueError with the value, the rule and the fix."""
+    and values, `dtype` unless given (also float8_e4m3fn, float8_e5m2, int8); where both are float8_e4m3fn a Hopper GPU
+    multiplies prefill in that type, less exactly than 16-bit queries are (docs/hopper.md). layout: memory order of
+    page tensors passed as tuples, "NHD" or "HND". sm_scale: 1 / sqrt(heads.dim) unless given. batch_invariant: a
+    request's result does not depend on the batch's other requests. device: the first GPU, or the CPU where there is
+    none. Raises TypeError or ValueError with the value, the rule and the fix."""
 
     def __init__(
         self,
