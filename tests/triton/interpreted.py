@@ -5,6 +5,7 @@ import heapq
 
 import pytest
 import torch
+from tests.triton.bounds import checked
 from tests.triton.cases import BF16, CASES, E4M3, E5M2, F32, I8, check
 
 import flashloom as fl
@@ -12,6 +13,13 @@ from flashloom import dispatch
 from flashloom.attention.reference import attention_reference
 from flashloom.attention.triton_append import append as triton_append
 from flashloom.kv_cache.append import append_reference
+
+
+@pytest.fixture(autouse=True)
+def addresses():
+    """Every address is checked."""
+    with checked():
+        yield
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

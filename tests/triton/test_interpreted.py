@@ -1,15 +1,18 @@
-"""Runs `interpreted.py` in a process of its own: Triton decides at its first import whether it interprets."""
+"""Runs `interpreted.py` and `interpreted_edges.py` in a process of its own: Triton decides at its first import whether
+it interprets."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+FILES = ("interpreted", "interpreted_edges")
+
 
 def test_kernels_in_the_interpreter():
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
-    command = [sys.executable, "-m", "pytest", *options, str(root / "tests/triton/interpreted.py")]
+    command = [sys.executable, "-m", "pytest", *options, *(str(root / f"tests/triton/{name}.py") for name in FILES)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=2400, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -79,7 +79,7 @@ class Buffers:
         self.views: dict[str, torch.Tensor] = {}
         start = 0
         for name, n in padded.items():
-            view = self.memory[start : start + n]
+            view = self.memory[start : start + max(parts[name], 1)]
             self.views[name] = view.view(torch.float32) if name.startswith("part") else view
             start += n
         self.error = torch.zeros(

@@ -1,0 +1,132 @@
+"""Batches at the edges of what a plan holds, in Triton's interpreter with every address checked; `test_interpreted.py`
+runs this file with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+import triton.language as tl
+from tests.triton.bounds import checked
+from tests.triton.cases import BF16, E4M3, F32, Case, H, alibi, causal, check, gemma, sinks, window
+from triton.runtime.errors import InterpreterError
+
+import flashloom as fl
+import triton
+from flashloom import dispatch
+from flashloom.attention import triton_executor
+from flashloom.attention.kernels.triton.config import Config
+from flashloom.attention.reference import attention_reference
+
+
+@triton.jit
+def copy(source, to, n, limit, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    tl.store(to + lane, tl.load(source + lane, mask=lane < n, other=0), mask=lane < limit)
+
+
+@pytest.fixture(autouse=True)
+def addresses(monkeypatch):
+    """Every address is checked."""
+    monkeypatch.setitem(dispatch.ATTENTION, "cpu", ["flashloom.attention.triton_executor:TritonExecutor"])
+    with checked() as counts:
+        yield counts
+
+
+def test_what_lies_beyond_a_tensor_is_found(addresses):
+    whole = torch.arange(16, dtype=torch.int32)
+    first, to = whole[:6], torch.empty(8, dtype=torch.int32)
+    copy[(1,)](first, to, 6, 8, BLOCK=8)  # the lanes beyond are masked
+    assert to.tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+    assert addresses == [1, 2]
+    with pytest.raises(InterpreterError, match=r"load of int32 outside of its tensor: 1 of 7 lanes, .* 24 of 24"):
+        copy[(1,)](first, to, 7, 8, BLOCK=8)
+    with pytest.raises(InterpreterError, match=r"store of int32 outside of its tensor: 2 of 8 lanes, .* 24 of 24"):
+        copy[(1,)](first, to[:6], 6, 8, BLOCK=8)
+    with pytest.raises(InterpreterError, match="load"):  # what follows is another argument's
+        copy[(1,)](first, whole[6:], 7, 8, BLOCK=8)
+
+
+G = H(8, 2, 32)
+EDGES = [
+    Case([1] * 5, [5, 300, 128, 129, 1], G, BF16, E4M3, page_size=16, on_device=True, variant=causal, scales="head"),
+    Case([1] * 3, [257, 0, 31], G, BF16, E4M3, page_size=16, layout="HND"),
+    Case([1], [200], G, BF16, E4M3, page_size=16),
+    Case([1], [1], G, BF16, page_size=1, variant=causal),
+    Case([1, 2, 1], [0, 0, 0], G, page_size=256, variant=causal),
+    Case([1, 1], [130, 0], G, page_size=128),
+    Case([2, 1, 1], [0, 200, 0], G, page_size=128, on_device=True, variant=causal),
+    Case([1, 1], [190, 63], G, page_size=24, variant=window),
+    Case([1] * 5, [70, 3, 0, 3, 90], H(2, 2, 16), page_size=7, variant=sinks),
+    Case([3, 1], [130, 129], H(3, 1, 40, 24), kind="ragged", variant=alibi),
+    Case([1, 2], [65, 0], H(2, 1, 24), kind="dense", variant=gemma),
+]
+
+
+# with tiles of 64 keys those whose pages are as large as a tile or larger, and 8-bit ones
+@pytest.mark.parametrize(
+    ("case", "block_n"),
+    [(case, n) for n in (64, 128) for case in EDGES if n == 128 or case.kv_dtype or case.page_size >= 64],
+    ids=str,
+)
+def test_tiles_of_decode(case, block_n, monkeypatch):
+    config = Config(16, block_n, 4, 4, 1)
+    monkeypatch.setattr(triton_executor, "choose", lambda need: config)
+    check(case)
+
+
+@pytest.mark.parametrize(("requests", "paged"), [(140, True), (520, False)])
+def test_more_requests_than_the_planner_takes_at_once(requests, paged):
+    """128 items per program of the planner; above 512 requests it does not order them."""
+    lens = [i % 3 for i in range(requests)]
+    used = torch.tensor([0, *lens]).cumsum(0)
+    kv = fl.RaggedKV(lens)
+    if paged:
+        kv = fl.PageTable.from_csr(used, list(range(int(used[-1]))), [min(n, 1) for n in lens], page_size=1)
+    plan = fl.Attention(H(1, 1, 16), dtype=F32, device="cpu").plan(fl.Batch(q_lens=[1] * requests, kv=kv))
+    items = plan._executor._buffers.views["items"].view(-1, 16)
+    live = items[items[:, 0] >= 0]
+    assert live[:, 0].sort().values.tolist() == list(range(requests))
+    assert live[:, 3].tolist() == live[:, 7].tolist() == [lens[i] for i in live[:, 0]]
+
+
+@pytest.mark.parametrize("page_size", [3, 128])
+def test_a_plan_follows_shorter_and_longer_batches(page_size):
+    attn = fl.Attention(H(4, 2, 16), variant=fl.causal, dtype=F32, device="cpu")
+    plan = None
+    for q_lens, kv_lens in (
+        ([2, 1, 5], [140, 7, 33]),
+        ([1], [1]),
+        ([], []),
+        ([1, 4], [0, 9]),
+        ([3, 1, 4], [20, 144, 16]),
+    ):
+        used = [-(-n // page_size) for n in kv_lens]
+        indptr = torch.tensor([0, *used]).cumsum(0)
+        order = torch.randperm(int(indptr[-1])).tolist()
+        last = [(n - 1) % page_size + 1 if n else 0 for n in kv_lens]
+        batch = fl.Batch(q_lens=q_lens, kv=fl.PageTable.from_csr(indptr, order, last, page_size=page_size))
+        if plan is None:
+            reserve = fl.Reserve(requests=3, tokens=8, pages=sum(-(-n // page_size) for n in (20, 144, 16)) + 3)
+            plan = attn.plan(batch, reserve=reserve)
+        else:
+            plan.update(batch)
+        q = torch.randn(sum(q_lens), 4, 16)
+        k, v = torch.randn(2, max(len(order), 1), page_size, 2, 16)
+        want, _ = attention_reference(q, k, v, batch, fl.causal)
+        torch.testing.assert_close(plan.run(q, (k, v)).double(), want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kv_lens", [[128, 0], [0], [64, 256]])
+def test_tables_without_a_spare_page(kv_lens, monkeypatch):
+    """A last request without keys begins where the table ends, and the pages of the tile after the last are asked for
+    too."""
+    config = Config(16, 64, 4, 4, 1)
+    monkeypatch.setattr(triton_executor, "choose", lambda need: config)
+    for page_size in (64, 16):
+        indptr = torch.tensor([0, *(n // page_size for n in kv_lens)]).cumsum(0)
+        order = torch.randperm(int(indptr[-1])).tolist()
+        kv = fl.PageTable.from_csr(indptr, order, [page_size if n else 0 for n in kv_lens], page_size=page_size)
+        batch = fl.Batch(q_lens=[1] * len(kv_lens), kv=kv)
+        plan = fl.Attention(H(4, 2, 16), dtype=F32, device="cpu").plan(batch)
+        q = torch.randn(len(kv_lens), 4, 16)
+        k, v = torch.randn(2, len(order), page_size, 2, 16)
+        want, _ = attention_reference(q, k, v, batch, fl.full)
+        torch.testing.assert_close(plan.run(q, (k, v)).double(), want, atol=2e-5, rtol=2e-5)
