@@ -23,11 +23,13 @@ def _starts(lengths: list[int]) -> torch.Tensor:
     return _int([0, *accumulate(lengths)])
 
 
-def _pages(row: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(indptr, indices, tokens on the last page)."""
+def _pages(row: dict, first: int = 0, last: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(indptr, indices, tokens on the last page) of requests first to last."""
     page = row["page"]
-    needs = [-(-n // page) for n in row["kv"]]
-    return _starts(needs), row["order"].cuda(), _int([n - (m - 1) * page for n, m in zip(row["kv"], needs)])
+    needs, before = ([-(-n // page) for n in kv] for kv in (row["kv"][first:last], row["kv"][:first]))
+    indices = row["order"][sum(before) : sum(before) + sum(needs)]
+    lasts = [n - (m - 1) * page for n, m in zip(row["kv"][first:last], needs)]
+    return _starts(needs), indices.to(row["inputs"][0].device), _int(lasts)
 
 
 def ragged(row: dict) -> Callable[[], torch.Tensor]:
@@ -71,3 +73,17 @@ def batch_attention(row: dict) -> Callable[[], torch.Tensor]:
     out = torch.empty_like(row["inputs"][0])
     lse = torch.empty(out.shape[:2], device="cuda")
     return lambda: wrapper.run(row["inputs"][0], row["parts"], out=out, lse=lse)[0]
+
+
+def pod(row: dict) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """BatchPODWithPagedKVCacheWrapper: the first request as the prefill, the others as decodes, in one launch. Answers
+    both results."""
+    import flashinfer
+
+    heads, chunk, q = row["heads"], row["q"][0], row["inputs"][0]
+    wrapper = flashinfer.BatchPODWithPagedKVCacheWrapper(_workspace(), "NHD")
+    wrapper.plan(
+        _starts([chunk]), *_pages(row, 0, 1), _starts(row["q"][1:]), *_pages(row, 1), heads.q_heads, heads.kv_heads,
+        heads.dim, row["page"], q_data_type=BF16, kv_data_type=BF16,
+    )  # fmt: skip
+    return lambda: wrapper.run(q[:chunk], row["parts"], q[chunk:], row["parts"], causal_p=True)

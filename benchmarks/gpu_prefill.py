@@ -283,7 +283,7 @@ def _peers(row: dict) -> dict[str, peers.Maker]:
         made = peers.sdpa(dense[0], [dense[1:]], variant == "causal")
         found = {name.removeprefix("sdpa "): make for name, make in made.items()}
     names = ["paged" if page else "ragged"] if plain and page in (0, 16) and heads.dim <= 128 else []
-    names += ["batch_attention"] if "decodes" in row["kind"] else []
+    names += ["batch_attention", "pod"] if "decodes" in row["kind"] else []
     for name in names if peers.FLASHINFER else ():
         found[f"flashinfer {name}"] = partial(_flashinfer, name, row)
     if plain or variant == "softcap":
@@ -296,7 +296,7 @@ def _peers(row: dict) -> dict[str, peers.Maker]:
 
 def _flashinfer(name: str, row: dict) -> tuple[peers.Call, list[peers.Call]]:
     call = getattr(flashinfer_prefill, name)(row)
-    return call, [call]
+    return (lambda: torch.cat(call())) if name == "pod" else call, [call]
 
 
 def time_rows(path: str, resume: bool) -> None:
