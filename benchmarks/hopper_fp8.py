@@ -33,6 +33,7 @@ from flashloom import dispatch
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.hopper import asked, config
 from flashloom.attention.triton_executor import TritonExecutor
+from flashloom.bench.machine import describe
 from flashloom.target import Target
 
 HEADS, NARROW, LIMIT = H(32, 8, 128), H(16, 16, 64), 60
@@ -189,7 +190,7 @@ def time_rows(path: str) -> None:
                     entry[name]["error of arithmetic"] = float((got - inputs).norm() / inputs.norm())
         entry["e4m3 to bfloat16"] = entry["e4m3"]["tflops"] / entry["bfloat16"]["tflops"]
         results.append(entry)
-        Path(path).write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "rows": results}, indent=1))
+        Path(path).write_text(json.dumps({"machine": describe(), "rows": results}, indent=1))
         print(json.dumps(entry, default=str), flush=True)
 
 
