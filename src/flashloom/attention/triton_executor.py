@@ -227,16 +227,17 @@ class TritonExecutor:
                 self._check_moving()
             self._pattern.write(pattern, sizes.requests, sizes.tokens, sizes.blocks)
             self._of_variant = None
+        entries = batch.pages.numel()
         if not self._gpu:
             tensors: tuple[Any, ...] = (
                 batch.q_indptr,
                 batch.kv_lens,
                 batch.page_indptr,
-                batch.pages if batch.pages.numel() else batch.page_indptr,
+                batch.pages if entries else batch.page_indptr,
             )
         elif batch.host:
             assert self._staging is not None
-            tensors = self._staging.copy(batch, 3 * sizes.requests + 2 + sizes.pages)
+            tensors, entries = self._staging.copy(batch, 3 * sizes.requests + 2 + sizes.pages), -1
         else:
             self._inputs = batch  # the kernel reads them later
             if self._staging is not None:
@@ -252,7 +253,7 @@ class TritonExecutor:
             item_programs + (sizes.requests if self._paged else 0),
             (
                 *tensors, *self._plan_buffers, batch.requests, sizes.stride, sizes.items, sizes.tokens, sizes.pages,
-                batch.page_size, self._programs, 1, self._fixed, self._merge_ratio, item_programs,
+                batch.page_size, entries, self._programs, 1, self._fixed, self._merge_ratio, item_programs,
             ),
         )  # fmt: skip
 

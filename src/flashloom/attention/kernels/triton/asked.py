@@ -24,9 +24,10 @@ STRIDES = (
     "out_token", "out_head", "lse_request", "lse_token", "lse_head", "k_scale_page", "k_scale_head", "v_scale_page",
     "v_scale_head",
 )  # fmt: skip
-PLAN_NUMBERS = ("requests", "stride", "max_items", "max_tokens", "max_pages", "page_size", "programs", "min_tiles",
-"fixed_tiles",
-                "merge_ratio", "item_programs")  # fmt: skip
+PLAN_NUMBERS = (
+    "requests", "stride", "max_items", "max_tokens", "max_pages", "page_size", "entries", "programs", "min_tiles",
+    "fixed_tiles", "merge_ratio", "item_programs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

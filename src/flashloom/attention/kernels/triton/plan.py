@@ -18,13 +18,39 @@ import triton.language as tl
 BLOCK = tl.constexpr(128)
 SLACK = tl.constexpr(0.07)  # of a range: what a walk may have beyond its last one without another cut
 SORTED = tl.constexpr(512)  # requests up to which items are ordered by length; the ranking is quadratic
+MOST = tl.constexpr(1 << 30)  # keys of a request
 
 
 @triton.jit
-def request_shape(request, ok, q_indptr, kv_lens, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def table_entry(request, ok, page_indptr, entries):
+    """Where the pages of requests [BLOCK], or of one, begin in the table (at its end for the one after the last)."""
+    entry = tl.load(page_indptr + request, mask=ok, other=0)
+    return tl.where(entries < 0, entry, tl.maximum(tl.minimum(entry, entries), 0))
+
+
+@triton.jit
+def keys_held(request, ok, kv_lens, page_indptr, page_size, entries):
+    """Keys of requests [BLOCK], or of one; zeros where not ok.
+
+    A length counts no further than the request's pages reach, whatever it says, so that nothing beyond them is read.
+    entries: of the table; -1 where the host has compared lengths and table, and there is nothing to cut.
+    """
+    kv_len = tl.load(kv_lens + request, mask=ok, other=0)
+    known = ok & (entries >= 0)
+    begin = table_entry(request, known, page_indptr, entries)
+    end = table_entry(request + 1, known, page_indptr, entries)
+    room = tl.minimum(tl.maximum(end - begin, 0).to(tl.int64) * page_size, MOST).to(tl.int32)
+    return tl.maximum(tl.minimum(kv_len, tl.where(entries >= 0, room, 0x7FFFFFFF)), -1)  # any negative length as -1
+
+
+@triton.jit
+def request_shape(
+    request, ok, q_indptr, kv_lens, page_indptr, page_size, entries, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """(query tokens, keys, row blocks, tiles of keys) of requests [BLOCK]; zeros where not ok."""
     q_len = tl.load(q_indptr + request + 1, mask=ok, other=0) - tl.load(q_indptr + request, mask=ok, other=0)
-    kv_len = tl.load(kv_lens + request, mask=ok, other=0)
+    kv_len = keys_held(request, ok, kv_lens, page_indptr, page_size, entries)
     return q_len, kv_len, tl.cdiv(q_len * GROUP, BLOCK_M), tl.where(ok, tl.maximum(tl.cdiv(kv_len, BLOCK_N), 1), 0)
 
 
@@ -48,31 +74,32 @@ def ranges(tiles, blocks, limit, fixed_tiles, merge_ratio):
 @triton.jit
 def plan(
     q_indptr, kv_lens, page_indptr, table, items, pages, scratch, error,
-    requests, stride, max_items, max_tokens, max_pages, page_size, programs, min_tiles, fixed_tiles, merge_ratio,
-    item_programs, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAGED: tl.constexpr, LIGHT: tl.constexpr,
+    requests, stride, max_items, max_tokens, max_pages, page_size, entries, programs, min_tiles, fixed_tiles,
+    merge_ratio, item_programs, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGED: tl.constexpr, LIGHT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (item_programs + (reserved requests if PAGED),). The first write 128 items each, the others copy one
     request's page numbers.
 
     q_indptr, page_indptr int32 [requests + 1]; kv_lens int32 [requests]; table int32; items int32 [max_items, 16];
-    scratch int32
-    [6, stride]; error int32 [4]: code, request, number, limit (left alone when all is well). merge_ratio: time of a
-    tile over that of
-    merging one partial state.
+    scratch int32 [6, stride]; error int32 [4]: code, request, number, limit (left alone when all is well). entries: of
+    the table, beyond which nothing is read whatever lengths and offsets say; -1 where they are known to fit.
+    merge_ratio: time of a tile over that of merging one partial state.
     """
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(0)
     if program >= item_programs:
         request = program - item_programs
         if request < requests:
-            used = tl.zeros([BLOCK], tl.int32)
+            used = tl.zeros([BLOCK], tl.int64)
             for start in range(0, request, BLOCK):
                 before = start + lane
-                used += tl.cdiv(tl.load(kv_lens + before, mask=before < request, other=0), page_size)
-            offset = tl.sum(used, 0)
-            count = tl.minimum(tl.cdiv(tl.load(kv_lens + request), page_size), max_pages - offset)
-            source = table + tl.load(page_indptr + request)
+                kv_len = keys_held(before, before < request, kv_lens, page_indptr, page_size, entries)
+                used += tl.cdiv(tl.maximum(kv_len, 0), page_size)
+            offset = tl.minimum(tl.sum(used, 0), max_pages).to(tl.int32)
+            kv_len = keys_held(request, True, kv_lens, page_indptr, page_size, entries)
+            count = tl.minimum(tl.cdiv(kv_len, page_size), max_pages - offset)
+            source = table + table_entry(request, True, page_indptr, entries)
             for start in range(0, count, BLOCK):
                 entry = start + lane
                 tl.store(
@@ -80,13 +107,14 @@ def plan(
                 )
         return
 
+    lens = (q_indptr, kv_lens, page_indptr, page_size, entries)
     work = tl.zeros([BLOCK], tl.int64)
     wrong = requests  # the first request with a negative length
     used = tl.zeros([BLOCK], tl.int64)
     for start in range(0, requests, BLOCK):
         request = start + lane
         ok = request < requests
-        q_len, kv_len, blocks, tiles = request_shape(request, ok, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+        q_len, kv_len, blocks, tiles = request_shape(request, ok, *lens, GROUP, BLOCK_M, BLOCK_N)
         wrong = tl.minimum(wrong, tl.min(tl.where(ok & ((q_len < 0) | (kv_len < 0)), request, requests), 0))
         work += blocks.to(tl.int64) * tiles
         used += tl.cdiv(kv_len, page_size)
@@ -102,7 +130,7 @@ def plan(
     for start in range(0, requests, BLOCK):
         request = start + lane
         ok = request < requests
-        q_len, kv_len, blocks, tiles = request_shape(request, ok, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+        q_len, kv_len, blocks, tiles = request_shape(request, ok, *lens, GROUP, BLOCK_M, BLOCK_N)
         pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
         count = blocks * pieces
         split = tl.where(pieces > 1, count, 0)
@@ -125,15 +153,13 @@ def plan(
         for start in range(0, requests, BLOCK):
             request = start + lane
             ok = request < requests
-            q_len, kv_len, blocks, tiles = request_shape(request, ok, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+            q_len, kv_len, blocks, tiles = request_shape(request, ok, *lens, GROUP, BLOCK_M, BLOCK_N)
             pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
             offset = tl.zeros([BLOCK], tl.int32)
             for other_start in range(0, requests, 32):
                 other = other_start + tl.arange(0, 32)
                 there = other < requests
-                _q, _kv, other_blocks, other_tiles = request_shape(
-                    other, there, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N
-                )
+                _q, _kv, other_blocks, other_tiles = request_shape(other, there, *lens, GROUP, BLOCK_M, BLOCK_N)
                 other_pieces, other_size = ranges(other_tiles, other_blocks, limit, fixed_tiles, merge_ratio)
                 before = (other_size[None, :] > size[:, None]) | (
                     (other_size[None, :] == size[:, None]) & (other[None, :] < request[:, None])
@@ -145,6 +171,8 @@ def plan(
                 offset += tl.sum(tl.where(before & there[None, :], (other_blocks * other_pieces)[None, :], 0), 1)
             tl.store(scratch + request, offset, mask=ok)
 
+    if tl.load(q_indptr) < 0:
+        wrong = 0
     code = 0
     number = item_end
     bound = max_items
@@ -181,7 +209,7 @@ def plan(
         count = tl.load(scratch + stride + request, mask=ok, other=0)
         hit = (item[:, None] >= offset[None, :]) & (item[:, None] < (offset + count)[None, :]) & ok[None, :]
         owner += tl.sum(tl.where(hit, request[None, :], 0), 1)
-    q_len, kv_len, blocks, tiles = request_shape(owner, live, q_indptr, kv_lens, GROUP, BLOCK_M, BLOCK_N)
+    q_len, kv_len, blocks, tiles = request_shape(owner, live, *lens, GROUP, BLOCK_M, BLOCK_N)
     pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
     index = item - tl.load(scratch + owner, mask=live, other=0)
     block = blocks - 1 - index // pieces
@@ -201,7 +229,7 @@ def plan(
     if PAGED:
         tl.store(to + 8, tl.load(scratch + 5 * stride + owner, mask=live, other=0), mask=fits)
     else:
-        entry = tl.load(page_indptr + owner, mask=live, other=0)
+        entry = table_entry(owner, live, page_indptr, entries)
         tl.store(to + 9, tl.load(table + entry, mask=live & (kv_len > 0), other=0), mask=fits)
     tl.store(to + 10, pieces, mask=fits)
     tl.store(to + 11, split, mask=fits)
