@@ -100,10 +100,6 @@ class Attention:
         return f"Attention({self.heads}, variant={self.variant}, dtype={names[0]}, kv_dtype={names[1]}, {self.device})"
 
 
-def _parts(kv: Any) -> tuple[Any, Any, Any, Any]:
-    return (kv.k, kv.v, kv.k_scale, kv.v_scale) if type(kv) is KV else (None, None, None, None)
-
-
 class Plan:
     """An Attention prepared for a batch; made by `Attention.plan`. It belongs to one thread and one stream at a
     time."""
@@ -118,6 +114,7 @@ class Plan:
         self._per_batch = any(p.kind in ("request", "query", "key") for p in self._program.params)
         self._values_grad = any(isinstance(v, Tensor) and v.requires_grad for v in self._values)
         self._q_dtype, self._sm_scale, self._row = attention.dtype, attention.sm_scale, (heads.q_heads, heads.value_dim)
+        self._alike = heads.value_dim == heads.dim and attention.spec.out_dtype is attention.dtype  # out and q
         self._softmax = self._program.softmax
         self._cuda_index = self._device.index if self._device.type == "cuda" else None
         self._stream: int | None = None
@@ -182,7 +179,10 @@ class Plan:
         try:
             plain = variant is None and sm_scale is None and lse is None and not (return_lse or partial)
             if plain and self._repeat is not None:
-                k, v, k_scale, v_scale = self._pair(kv) if type(kv) is tuple else _parts(kv)
+                if type(kv) is KV:
+                    k, v, k_scale, v_scale = kv.k, kv.v, kv.k_scale, kv.v_scale
+                else:
+                    k, v, k_scale, v_scale = self._pair(kv)
                 if k is not None and type(q) is Tensor:
                     to = self._empty(q) if out is None else out
                     if self._cuda_index is not None:
@@ -243,8 +243,8 @@ class Plan:
         return (out, lse) if return_lse else out
 
     def _pair(self, kv: Any) -> tuple[Any, Any, Any, Any]:
-        """k and v of a tuple that is in the kernels' form as it stands, or None for any other."""
-        if len(kv) == 2 and self.attention.layout == "NHD" and not self._batch.ragged:
+        """k and v of a tuple that is in the kernels' form as it stands, or None for anything else."""
+        if type(kv) is tuple and len(kv) == 2 and self.attention.layout == "NHD" and not self._batch.ragged:
             return (*kv, None, None)
         return None, None, None, None
 
@@ -255,6 +255,8 @@ class Plan:
 
     def _empty(self, q: Tensor) -> Tensor:
         if self._flat:
+            if self._alike and q.is_contiguous():
+                return torch.empty_like(q)  # in half of new_empty's time
             return q.new_empty(self._out_shape, dtype=self._out_dtype)
         return like(q, self._row[1], self._out_dtype)
 

@@ -194,7 +194,7 @@ class Batch:
         self.kv_lens, self.page_indptr, self.pages, self.page_size = kv.kv_lens, kv.page_indptr, kv.pages, kv.page_size
         self.requests, self.ragged, self.host, self.device = kv.requests, kv.ragged, kv.host, kv.device
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """How keys lie: "paged", "ragged" or "dense"."""
         kv = self.kv.kv if isinstance(self.kv, BlockSparseKV) else self.kv
@@ -215,6 +215,11 @@ class Batch:
     def kv_indptr(self) -> torch.Tensor:
         """Offsets of the requests' keys in per-key-token fields, int32 [requests + 1]."""
         return cumulative(self.kv_lens)
+
+    @cached_property
+    def numbers(self) -> tuple[np.ndarray, ...]:
+        """q_indptr, kv_lens, page_indptr and pages as arrays of the same memory; host only."""
+        return tuple(x.numpy() for x in (self.q_indptr, self.kv_lens, self.page_indptr, self.pages))
 
     @cached_property
     def each(self) -> int | None:

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -152,13 +153,15 @@ class Staging:
         self.capacity = max(entries, 256)
         self.host = [torch.empty(self.capacity, dtype=torch.int32, pin_memory=True) for _ in range(self.TURNS)]
         self.starts = [h.data_ptr() for h in self.host]
+        self.views: list[Any] = [h.numpy().data for h in self.host]
         self.events = [torch.cuda.Event() for _ in range(self.TURNS // self.MARKED)]
         self.buffer = torch.empty(self.capacity, dtype=torch.int32, device=self.device)
 
     def copy(self, batch: Batch, capacity: int) -> tuple[int, int, int, int]:
         """Make q_indptr, kv_lens, page_indptr and pages readable for the next launch on the current stream; answers
         their addresses."""
-        n, pages = batch.requests, batch.pages.numel()
+        n, numbers = batch.requests, batch.numbers
+        pages = numbers[3].size
         entries = 3 * n + 2 + pages
         if entries > self.capacity:
             if self.capacity:
@@ -170,15 +173,10 @@ class Staging:
             group = turn // self.MARKED
             self.events[group - 1].record(torch.cuda.current_stream(self.device))
             self.events[group].synchronize()
-        start = at = self.starts[turn]
-        for part, number in (
-            (batch.q_indptr, n + 1),
-            (batch.kv_lens, n),
-            (batch.page_indptr, n + 1),
-            (batch.pages, pages),
-        ):
-            ctypes.memmove(at, part.contiguous().data_ptr(), 4 * number)
-            at += 4 * number
+        start, view, at = self.starts[turn], self.views[turn], 0
+        for part in numbers:
+            view[at : at + part.size] = part  # in a quarter of memmove's time, or of a numpy slice's
+            at += part.size
         if entries > self.DIRECT or pages > self.SHORT * n:
             cuda.copy_to_device(self.buffer.data_ptr(), start, 4 * entries, self.device)
             start = self.buffer.data_ptr()

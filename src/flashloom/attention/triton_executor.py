@@ -204,20 +204,21 @@ class TritonExecutor:
 
     def update(self, batch: Batch) -> None:
         """Follow new lengths and tables: one small kernel, and a copy before it if they are on the host."""
-        self._buffers.raise_error(self._sizes)
+        if self._error[0]:
+            self._buffers.raise_error(self._sizes)
         self._flats.clear()
         if self._gpu and batch.host and torch.cuda.is_current_stream_capturing():
             raise ValueError(
                 "update() with lengths on the host cannot be captured, a replay would repeat them: put lengths and "
                 "tables on the GPU"
             )
-        heads, pattern, sizes = self.spec.heads, None, self._sizes
+        heads, pattern, sizes, entries = self.spec.heads, None, self._sizes, batch.pages.numel()
         if self._pattern is not None:
             pattern = self._pattern.read(batch, heads.group, self.config.block_m, self.config.block_n)
         if (
             batch.requests > sizes.requests
             or (batch.tokens or 0) > sizes.tokens
-            or (self._paged and self._too_many_pages(batch))
+            or (self._paged and self._reserve.pages is None and entries > sizes.pages)
         ):
             self._check_moving()
             self._grow(batch)
@@ -227,7 +228,6 @@ class TritonExecutor:
                 self._check_moving()
             self._pattern.write(pattern, sizes.requests, sizes.tokens, sizes.blocks)
             self._of_variant = None
-        entries = batch.pages.numel()
         if not self._gpu:
             tensors: tuple[Any, ...] = (
                 batch.q_indptr,
@@ -264,10 +264,6 @@ class TritonExecutor:
                 "this batch needs larger buffers, and a CUDA graph in which the plan was captured would go on with the "
                 "former ones: plan with a Reserve for the largest batch"
             )
-
-    def _too_many_pages(self, batch: Batch) -> bool:
-        """Whether a batch's table outgrows what is not reserved."""
-        return self._reserve.pages is None and batch.pages.numel() > self._sizes.pages
 
     # --- running ---
 

@@ -158,6 +158,17 @@ def _load(kernel: Any, entry: Entry, device: torch.device) -> Function:
         return Function(kernel.entry(), device)
 
 
+class _Heads(dict[int, Any]):
+    """Functions that write so many 8-byte integers to the beginning of a buffer, each made when it is first needed."""
+
+    def __init__(self, buffer: ctypes.Array[Any]):
+        self._buffer = buffer
+
+    def __missing__(self, n: int) -> Callable[..., None]:
+        made = self[n] = functools.partial(struct.Struct(f"={n}q").pack_into, self._buffer, 0)
+        return made
+
+
 class Launch:
     """A function with its packed arguments. `types`: those of the run-time arguments in order, tuples flattened."""
 
@@ -170,7 +181,7 @@ class Launch:
         packer = struct.Struct("=" + "".join("q" if kind[0] == "*" else _FORMATS[kind] for kind in types) + "qq")
         self._buffer = ctypes.create_string_buffer(packer.size)
         self._pack = functools.partial(packer.pack_into, self._buffer, 0)
-        self._heads: dict[int, Callable[..., None]] = {}
+        self._heads = _Heads(self._buffer)
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._grid, self._stream = 0, 0
         self._set = functools.partial(_CONFIG.pack_into, self._config, 0)
@@ -194,11 +205,7 @@ class Launch:
 
     def again(self, grid: int, words: tuple[int, ...]) -> None:
         """Launch with the arguments of the last call, but for the first ones, 8-byte integers each."""
-        head = self._heads.get(len(words))
-        if head is None:
-            head = functools.partial(struct.Struct(f"={len(words)}q").pack_into, self._buffer, 0)
-            self._heads[len(words)] = head
-        head(*words)
+        self._heads[len(words)](*words)
         self._fire(grid)
 
     def _fire(self, grid: int) -> None:
