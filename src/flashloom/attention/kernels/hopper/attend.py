@@ -84,98 +84,38 @@ def attend(
         out_map, out, lse, q_smem, k_smem, t_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
         k_empty, t_full, t_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale, flags, scales, values,
     )  # fmt: skip
-    if CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (consumer, (
-                    what, 0, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
-                )),
-                (consumer, (
-                    what, 1, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
-                )),
-                (consumer, (
-                    what, 2, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
-                )),
-                (producer, (
-                    q, q_jump, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full,
-                    q_empty, k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
-                    Q_STAGES, KEY_DIM,
-                )),
-                (producer, (
-                    q, q_jump, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full,
-                    q_empty, v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
-                    Q_STAGES, VALUE_DIM,
-                )),
-                (scheduler, (
-                    items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK,
-                    GROUP, 64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING,
-                )),
-            ],
-            [4, 4, 1, 1, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-        )  # fmt: skip
-    elif FP8:
-        gl.warp_specialize(
-            [
-                (consumer, (
-                    what, 0, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
-                )),
-                (consumer, (
-                    what, 1, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
-                )),
-                (transposer, (
-                    v_smem, t_smem, ring, ring_full, ring_empty, v_full, v_empty, t_full, t_empty, BLOCK_N, STAGES,
-                    WIDTH, RING,
-                )),
-                (producer, (
-                    q, q_jump, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full,
-                    q_empty, k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
-                    Q_STAGES, KEY_DIM,
-                )),
-                (producer, (
-                    q, q_jump, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full,
-                    q_empty, v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
-                    Q_STAGES, VALUE_DIM,
-                )),
-                (scheduler, (
-                    items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK,
-                    GROUP, 64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING,
-                )),
-            ],
-            [4, 4, 1, 1, 1],
-            [CONSUMER_REGISTERS, TRANSPOSER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consumer, (
-                    what, 0, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
-                )),
-                (consumer, (
-                    what, 1, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                    VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
-                )),
-                (producer, (
-                    q, q_jump, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full,
-                    q_empty, k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
-                    Q_STAGES, KEY_DIM,
-                )),
-                (producer, (
-                    q, q_jump, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full,
-                    q_empty, v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS,
-                    Q_STAGES, VALUE_DIM,
-                )),
-                (scheduler, (
-                    items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK,
-                    GROUP, 64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING,
-                )),
-            ],
-            [4, 1, 1, 1],
-            [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (producer, (
+                q, q_jump, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty,
+                k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                KEY_DIM,
+            )) if part == "keys"
+            else (producer, (
+                q, q_jump, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty,
+                v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                VALUE_DIM,
+            )) if part == "values"
+            else (transposer, (
+                v_smem, t_smem, ring, ring_full, ring_empty, v_full, v_empty, t_full, t_empty, BLOCK_N, STAGES, WIDTH,
+                RING,
+            )) if part == "transposed"
+            else (scheduler, (
+                items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK, GROUP,
+                64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING,
+            )) if part == "tiles"
+            else (consumer, (
+                what, part, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
+                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
+            ))
+            for part in (
+                (0, 1, 2, "keys", "values", "tiles") if CONSUMERS == 3
+                else (0, 1, "transposed", "keys", "values", "tiles") if FP8
+                else (0, 1, "keys", "values", "tiles")
+            )
+        ],
+        [4, 4, 1, 1, 1] if CONSUMERS == 3 or FP8 else [4, 1, 1, 1],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS] if CONSUMERS == 3
+        else [CONSUMER_REGISTERS, TRANSPOSER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS] if FP8
+        else [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+    )  # fmt: skip
