@@ -43,10 +43,10 @@ class Kernel:
 
     def products(self, chosen: config.Config) -> int:
         dim, value_dim = config.width(self.heads.dim), config.width(self.heads.value_dim)
-        if self.dtype == E4M3:  # the first keys, two loops, the last values
-            return chosen.consumers * 3 * (dim // 32 + chosen.block_n // 32)
-        keys, values = dim // 16, chosen.block_n // 16
         loops = 1 if self.variant.program.mask is None else 2
+        if self.dtype == E4M3:
+            return chosen.consumers * (1 + loops) * (dim // 32 + chosen.block_n // 32)
+        keys, values = dim // 16, chosen.block_n // 16
         return chosen.consumers * ((1 + loops) * (keys + values)) * max(1, value_dim // 256)
 
 
@@ -62,7 +62,7 @@ KERNELS = [
     Kernel("causal", H(32, 8, 128), fl.causal),
     Kernel("full, float16, pages of 16", H(32, 8, 128), fl.full, F16, page_size=16, stack=NEWER * 8),
     Kernel("narrow, window, soft cap", H(8, 8, 64), fl.causal & fl.sliding_window(255) & fl.softcap(30.0)),
-    Kernel("narrow, three consumers", H(8, 8, 64), fl.full),
+    Kernel("narrow, three consumers", H(8, 8, 64), fl.causal & fl.sliding_window(255), stack=64),
     Kernel("wide", H(8, 8, 256), fl.causal, stack=16),
     Kernel("keys wider than values, sink", H(8, 8, 192, 128), fl.causal & fl.sink(torch.zeros(8))),
     Kernel("ALiBi into float32", H(16, 16, 128), fl.causal & fl.alibi(16), out=torch.float32, stack=128),

@@ -34,7 +34,7 @@ for _name in (
 assert _stand_in.__name__ not in sys.modules, "the kernels were imported before the emulator"
 sys.modules[_stand_in.__name__] = _stand_in
 
-from flashloom.attention.kernels.hopper import step, transpose  # noqa: E402
+from flashloom.attention.kernels.hopper import consume, step, transpose  # noqa: E402
 from flashloom.attention.kernels.hopper.cap import LIMIT  # noqa: E402
 
 
@@ -42,6 +42,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on plans for CPU tensors are the Hopper executor's, or of the Triton kernels that it falls back to."""
     patch = monkeypatch.setattr
     patch(step, "capped", lambda z: Block(torch.tanh(z.x * (LIMIT / 2))))  # assembly, in the kernel, as the next two
+    patch(consume, "packed", lambda p, kind: Block(p.x.to(kind.torch)))
+    patch(consume, "unpacked", lambda words, kind, layout: words)
     patch(transpose, "four_bytes", lambda x: Block(x.x.clamp(-448, 448).to(torch.float8_e4m3fn)))
     patch(transpose, "regroup", regroup)
     patch(gluon, "TensorMaps", Maps)

@@ -77,13 +77,13 @@ def _capped(spec: AttentionSpec) -> bool:
 
 def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     """The config of a spec for a batch's mean query and pages of this size (0: a request is one run of tokens)."""
-    heads, logits = spec.heads, spec.program.logits
+    heads, logits, mask = spec.heads, spec.program.logits, spec.program.mask
     narrow = spec.q_dtype.itemsize == 1  # then no logits transform has registers for a large tile
     special = logits is not None and any(node.op in SPECIAL for node in topological(logits))
     heavy = logits is not None and (narrow or (special and (page_size > 0 or not _capped(spec))))
-    masked = spec.program.mask is not None
+    spare = logits is None and (mask is None or all(node.op != "load" for node in topological(mask)))
     return sizes.choose(
-        heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, masked,
+        heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, spare,
         spec.q_dtype.itemsize,
     )  # fmt: skip
 

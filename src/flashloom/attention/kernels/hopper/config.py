@@ -82,12 +82,12 @@ def choose(
     page_size: int,
     invariant: bool,
     heavy: bool = False,
-    masked: bool = True,
+    spare: bool = False,
     itemsize: int = 2,
 ) -> Config:
     """The config for head widths and a batch's mean query; invariant: it may not depend on the batch; heavy: the logits
-    go through special functions, whose temporaries want the registers of a smaller tile; masked: tiles may need a
-    mask; itemsize: bytes of an element."""
+    go through special functions, whose temporaries want the registers of a smaller tile; spare: the hooks leave the
+    registers of narrow heads to a third consumer; itemsize: bytes of an element."""
     widest = max(width(dim), width(value_dim))
     block_n = 64 if heavy or widest > 128 else 128
     box = box_rows(page_size, block_n)
@@ -95,7 +95,7 @@ def choose(
     if itemsize == 1:  # what these leave is for the warps that transpose the values
         registers, others = (224, 24) if box > 1 else (200, 72)
         return Config(2, block_n, 2, heads, box, registers, others)
-    if widest == 64 and not heavy and not masked:  # a third consumer fills the time that the softmax of two leaves
+    if widest == 64 and spare and not heavy:  # a third consumer fills the time that the softmax of two leaves
         return Config(3, block_n, 2, heads, box, 160, 32)
     # many copies per tile want registers for the page numbers; wide accumulators have none to give
     registers, others = (216, 72) if block_n >= 8 * box and widest <= 128 else (232, 40)

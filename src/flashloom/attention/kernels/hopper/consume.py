@@ -43,7 +43,12 @@ from flashloom.attention.kernels.hopper.step import (
     enter,
     keep_turns,
     leave,
+    logits_of,
+    packed,
+    scale_of,
     shape_of_logits,
+    sum_layout,
+    unpacked,
     weights,
 )
 from flashloom.attention.kernels.hopper.transpose import clear_rows, column_of, in_order
@@ -51,14 +56,14 @@ from flashloom.attention.kernels.hopper.transpose import clear_rows, column_of, 
 
 @jit
 def run_tiles(
-    first, last, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked, high, end,
+    first, last, step, acc, words, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, masked, high, end,
     full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape,
     LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
     MASKED_TILES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
     CONSUMERS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
     FENCE: gl.constexpr,
 ):  # fmt: skip
-    """Steps first to last of a tile; `p16` are the weights of the step before."""
+    """Steps first to last of a tile; `words` are the packed weights of the step before."""
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     for i in range(first, last):
         before = step % STAGES
@@ -68,22 +73,25 @@ def run_tiles(
         enter(NUMBER)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
         await_copy(v_full, before, ((step - 1) // STAGES) & 1, FENCE)
-        acc = warpgroup_mma(p16, v_smem.index(before), acc, is_async=True)
+        acc = warpgroup_mma(unpacked(words, k_smem.dtype, P_LAYOUT), v_smem.index(before), acc, is_async=True)
         leave(NUMBER, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
         tile = key_tile(i, masked, high, end, full_begin, full_end)
-        p, rescale, top, total = weights(
-            s, top, total, tile, q_head, q_pos, sm_scale, at, values, shape, LOGITS, CAP, SLOPE, MASK, RAW,
-            MASKED_TILES, BLOCK_N, S_LAYOUT, 0,
+        s, new_top, base = logits_of(
+            s, top, tile, q_head, q_pos, sm_scale, at, values, shape, LOGITS, CAP, SLOPE, MASK, RAW, MASKED_TILES,
+            BLOCK_N, S_LAYOUT,
         )  # fmt: skip
+        scale = scale_of(sm_scale, shape, CAP, SLOPE, RAW)
+        p, rescale, total = weights(s, scale, top, base, total, 0)
+        top = new_top
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = warpgroup_mma_init(
             acc * gl.convert_layout(rescale, gl.SliceLayout(1, O_LAYOUT), assert_trivial=True)[:, None]
         )
-        p16 = gl.convert_layout(p.to(k_smem.dtype), P_LAYOUT)
-    return step, acc, p16, top, total
+        words = packed(p, k_smem.dtype)
+    return step, acc, words, top, total
 
 
 @jit
@@ -144,6 +152,7 @@ def consumer(
     VEC: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     FP8: gl.constexpr = k_smem.dtype.primitive_bitwidth == 8
     RAISED: gl.constexpr = 8 if FP8 else 0
+    TURNS: gl.constexpr = not FP8 or k_smem.shape[2] == 64  # wide products of 8 bits are too short to wait for
     WIDTH: gl.constexpr = o_smem.shape[2]
     DEPTH: gl.constexpr = 32 if FP8 else 16  # of one product
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, DEPTH])
@@ -157,7 +166,7 @@ def consumer(
     turn = 0
     used = 0  # query tiles
     step = 0  # key tiles
-    if NUMBER + 1 == CONSUMERS:
+    if TURNS and NUMBER + 1 == CONSUMERS:
         leave(NUMBER, CONSUMERS)
     mbarrier.wait(ring_full.index(0), 0)
     live = word(ring, 0, LIVE, RING)
@@ -206,7 +215,7 @@ def consumer(
                 acc, top, total, stage = run_tile(
                     tiles, step, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, q_empty.index(buffer), masked,
                     high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape, LOGITS, CAP, SLOPE, MASK,
-                    RAW, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE, RAISED,
+                    RAW, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE, RAISED, TURNS,
                 )  # fmt: skip
                 step += tiles - 1
             else:
@@ -222,23 +231,26 @@ def consumer(
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 tile = key_tile(0, masked, high, end, full_begin, full_end)
                 top = gl.full([64], float("-inf"), gl.float32, row_layout)
-                p, _rescale, top, total = weights(
-                    s, top, gl.zeros([64], gl.float32, row_layout), tile, q_head, q_pos, scale, at, values, shape,
-                    LOGITS, CAP, SLOPE, MASK, RAW, True, BLOCK_N, s_layout, 0,
+                s, new_top, base = logits_of(
+                    s, top, tile, q_head, q_pos, scale, at, values, shape, LOGITS, CAP, SLOPE, MASK, RAW, True,
+                    BLOCK_N, s_layout,
                 )  # fmt: skip
-                p16 = gl.convert_layout(p.to(k_smem.dtype), p_layout)
+                total = gl.zeros([64, 4], gl.float32, sum_layout())
+                p, _rescale, total = weights(s, scale_of(scale, shape, CAP, SLOPE, RAW), top, base, total, 0)
+                top = new_top
+                words = packed(p, k_smem.dtype)
                 if tile * BLOCK_N + BLOCK_N > kv_len:
                     await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
                     clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, WIDTH, BLOCK_N)
                 acc = warpgroup_mma_init(gl.zeros([64, WIDTH], gl.float32, o_layout))
                 if MASK is not None:
-                    step, acc, p16, top, total = run_tiles(
-                        1, masked, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                    step, acc, words, top, total = run_tiles(
+                        1, masked, step, acc, words, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
                         masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape, LOGITS, CAP,
                         SLOPE, MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE,
                     )  # fmt: skip
-                step, acc, p16, top, total = run_tiles(
-                    gl.maximum(masked, 1), tiles, step, acc, p16, top, total, q, k_smem, v_smem, k_full, k_empty,
+                step, acc, words, top, total = run_tiles(
+                    gl.maximum(masked, 1), tiles, step, acc, words, top, total, q, k_smem, v_smem, k_full, k_empty,
                     v_full, v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape,
                     LOGITS, CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout,
                     p_layout, FENCE,
@@ -247,7 +259,7 @@ def consumer(
                     mbarrier.arrive(q_empty.index(buffer), count=1)
                 stage = step % STAGES
                 await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
-                acc = warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
+                acc = warpgroup_mma(unpacked(words, k_smem.dtype, p_layout), v_smem.index(stage), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
             if OUT_MAP and not REUSE_Q:
                 tma_store_wait(0)  # the arrival below is a barrier: nobody writes the buffer before it has been read
@@ -255,6 +267,7 @@ def consumer(
             step += 1
             used += 1
 
+            total = gl.convert_layout(gl.sum(total, 1), row_layout, assert_trivial=True)
             empty = total == 0.0
             whole = gl.where(empty, 1.0, total)
             level = gl.where(empty, float("-inf"), (top + (gl.log2(whole) - RAISED)) * LN2)
@@ -327,7 +340,7 @@ def consumer(
             buffer = (used % Q_STAGES) * CONSUMERS + NUMBER
             mbarrier.wait(q_full.index(buffer), (used // Q_STAGES) & 1)
             mbarrier.arrive(q_empty.index(buffer), count=1)
-            keep_turns(step, step + tiles, k_empty, v_empty, STAGES, NUMBER, CONSUMERS)
+            keep_turns(step, step + tiles, k_full, v_full, k_empty, v_empty, STAGES, NUMBER, CONSUMERS, TURNS)
             step += tiles
             used += 1
         else:
@@ -356,5 +369,5 @@ def consumer(
         mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)
         live = word(ring, turn, LIVE, RING)
     tma_store_wait(0)
-    if NUMBER == 0:
+    if TURNS and NUMBER == 0:
         enter(0)
