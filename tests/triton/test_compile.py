@@ -59,19 +59,23 @@ VARIANTS = {
 
 
 def compiled(job):
-    """(shared bytes, registers, bytes of stack per thread, limit of shared bytes)."""
+    """(shared bytes, registers, bytes of stack per thread, limit of shared bytes, waits for products, products)."""
     capability, heads, variant, q_dtype, kv_dtype, longest, page_size, requests = job
     program = VARIANTS[variant](heads).program.specialise(heads.dim, heads.value_dim)
     spec = AttentionSpec(heads, program, q_dtype, kv_dtype)
     config = choose(asked.need(spec, longest, longest, page_size, capability, requests))
     target = Target(f"sm{capability}")
     stages, metadata = asked.attend_kernel(spec, Form(spec.out_dtype), config, page_size, target).compile()
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     file = Path(f"{metadata['name']}.cubin")
     file.write_bytes(stages["cubin"])
-    text = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
-    return metadata["shared"], int(registers), int(stack), shared_limit(capability)
+    usage, code = (
+        subprocess.run([tools / tool, option, file], capture_output=True, text=True, check=True).stdout
+        for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+    )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    waits = code.count("WARPGROUP.DEPBAR"), code.count(" HGMMA.")
+    return metadata["shared"], int(registers), int(stack), shared_limit(capability), *waits
 
 
 def _check(jobs, tmp_path, monkeypatch):
@@ -83,10 +87,12 @@ def _check(jobs, tmp_path, monkeypatch):
             folder.mkdir()
             folders.append((job, pool.submit(_in_folder, folder, job)))
         for job, result in folders:
-            shared, registers, stack, limit = result.result()
+            shared, registers, stack, limit, waits, products = result.result()
             assert shared <= limit, f"{job}: {shared} bytes of shared memory"
             # a few registers may be saved around the loops; what a loop uses must stay in registers
             assert stack <= 128 or job[1].latent_value, f"{job}: {stack} bytes of stack with {registers} registers"
+            # the assembler waits for each product where it cannot see that those under way are left alone
+            assert 2 * waits <= products, f"{job}: {waits} waits for {products} products"
 
 
 def _in_folder(folder, job):
