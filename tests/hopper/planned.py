@@ -14,8 +14,8 @@ def items_of(q_lens: list[int], kv_lens: list[int], light: int) -> torch.Tensor:
     items = torch.full((room, 16), -7, dtype=torch.int32)
     scratch, error = torch.zeros(6 * 128, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     plan[(1,)](
-        q_indptr, kv, entries, entries, items, items, scratch, error, n, 128, room, 4096, 0, 1 << 30, n, 8, 1,
-        1 << 30, 1.0, 1, GROUP=4, KV_HEADS=2, BLOCK_M=128, BLOCK_N=64, PAGED=False, LIGHT=light,
+        q_indptr, kv, entries, entries, items, items, scratch, error, n, 128, room, 4096, 0, 1 << 30, n, 1 << 30, 8,
+        1, 1 << 30, 1.0, 1, GROUP=4, KV_HEADS=2, BLOCK_M=128, BLOCK_N=64, PAGED=False, LIGHT=light,
     )  # fmt: skip
     assert not error.any(), error
     return items[items[:, 0] >= 0]

@@ -23,6 +23,7 @@ from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
 from flashloom.kernel import launch
 from flashloom.kernel.triton import TritonKernel, interpreting
 from flashloom.kv_cache.cache import KV
+from flashloom.kv_cache.integers import INT32_MAX
 from flashloom.target import Target
 from flashloom.variant.expr import Program
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["TritonExecutor"]
 
 FLATS_KEPT = 256
+MOST_KEYS = 1 << 30  # of a request whose length the host has not seen
 FIXED_KEYS = 2048  # with batch_invariant, decode rows walk their keys in ranges of this many
 
 
@@ -237,7 +239,7 @@ class TritonExecutor:
             )
         elif batch.host:
             assert self._staging is not None
-            tensors, entries = self._staging.copy(batch, 3 * sizes.requests + 2 + sizes.pages), -1
+            tensors = self._staging.copy(batch, 3 * sizes.requests + 2 + sizes.pages)
         else:
             self._inputs = batch  # the kernel reads them later
             if self._staging is not None:
@@ -248,12 +250,15 @@ class TritonExecutor:
                 batch.page_indptr.data_ptr(),
                 batch.pages.data_ptr(),
             )
+        room, row = INT32_MAX, batch.kv.row  # the host has compared
+        if not (self._gpu and batch.host):
+            room = -1 if row is None else min(row * batch.page_size, MOST_KEYS)
         item_programs = -(-sizes.items // 128)
         self._planner(
             item_programs + (sizes.requests if self._paged else 0),
             (
                 *tensors, *self._plan_buffers, batch.requests, sizes.stride, sizes.items, sizes.tokens, sizes.pages,
-                batch.page_size, entries, self._programs, 1, self._fixed, self._merge_ratio, item_programs,
+                batch.page_size, entries, room, self._programs, 1, self._fixed, self._merge_ratio, item_programs,
             ),
         )  # fmt: skip
 

@@ -16,10 +16,11 @@ class KVLayout:
     """The normalised form that every description of KV has.
 
     kv_lens: int32 [requests]; page_indptr: int32 [requests + 1]; pages: int32 [entries]; page_size: int. All on one
-    device. `ragged`: pages hold first tokens and a request is one page of unbounded size. Entries past a request's
-    last page are never read."""
+    device. `ragged`: pages hold first tokens and a request is one page of unbounded size. `row`: entries of each
+    request, where all have as many. Entries past a request's last page are never read."""
 
     ragged = False
+    row: int | None = None
     kv_lens: torch.Tensor
     page_indptr: torch.Tensor
     pages: torch.Tensor
@@ -146,7 +147,9 @@ class PageTable(KVLayout):
             )
         else:
             indptr = torch.arange(requests + 1, dtype=torch.int32, device=lens.device) * width
-        return cls(lens, indptr, pages.reshape(-1), page_size)
+        made = cls(lens, indptr, pages.reshape(-1), page_size)
+        made.row = width
+        return made
 
     @classmethod
     def from_csr(cls, indptr: Integers, indices: Integers, last_page_len: Integers, *, page_size: int) -> PageTable:
@@ -184,6 +187,7 @@ class RaggedKV(KVLayout):
     of tokens."""
 
     ragged = True
+    row = 1
     page_size = 2**30
 
     def __init__(self, lens: Integers | None = None, *, indptr: Integers | None = None):
@@ -218,6 +222,8 @@ class DenseKV(KVLayout):
     """One equally long row of tokens per request, [requests, tokens, kv_heads, dim] (in "HND" [requests, kv_heads,
     tokens, dim]); `lens` says how many are valid, all of them unless given. `rows`: the row of each request, where that
     is not its number; several requests may share one. A plan's `update` may change `tokens`."""
+
+    row = 1
 
     def __init__(self, requests: int, tokens: int, lens: Integers | None = None, *, rows: Integers | None = None):
         self.page_size = positive("DenseKV tokens", tokens)

@@ -25,8 +25,8 @@ STRIDES = (
     "v_scale_head",
 )  # fmt: skip
 PLAN_NUMBERS = (
-    "requests", "stride", "max_items", "max_tokens", "max_pages", "page_size", "entries", "programs", "min_tiles",
-    "fixed_tiles", "merge_ratio", "item_programs",
+    "requests", "stride", "max_items", "max_tokens", "max_pages", "page_size", "entries", "room", "programs",
+    "min_tiles", "fixed_tiles", "merge_ratio", "item_programs",
 )  # fmt: skip
 
 

@@ -23,34 +23,37 @@ MOST = tl.constexpr(1 << 30)  # keys of a request
 
 @triton.jit
 def table_entry(request, ok, page_indptr, entries):
-    """Where the pages of requests [BLOCK], or of one, begin in the table (at its end for the one after the last)."""
-    entry = tl.load(page_indptr + request, mask=ok, other=0)
-    return tl.where(entries < 0, entry, tl.maximum(tl.minimum(entry, entries), 0))
+    """Where the pages of requests [BLOCK], or of one, begin in a table of so many entries (at its end for the one after
+    the last)."""
+    return tl.maximum(tl.minimum(tl.load(page_indptr + request, mask=ok, other=0), entries), 0)
 
 
 @triton.jit
-def keys_held(request, ok, kv_lens, page_indptr, page_size, entries):
+def keys_held(request, ok, kv_lens, page_indptr, page_size, entries, room):
     """Keys of requests [BLOCK], or of one; zeros where not ok.
 
     A length counts no further than the request's pages reach, whatever it says, so that nothing beyond them is read.
-    entries: of the table; -1 where the host has compared lengths and table, and there is nothing to cut.
+    room: how many keys those hold, where that is the same for all requests; -1 where page_indptr says it.
     """
     kv_len = tl.load(kv_lens + request, mask=ok, other=0)
-    known = ok & (entries >= 0)
-    begin = table_entry(request, known, page_indptr, entries)
-    end = table_entry(request + 1, known, page_indptr, entries)
-    room = tl.minimum(tl.maximum(end - begin, 0).to(tl.int64) * page_size, MOST).to(tl.int32)
-    return tl.maximum(tl.minimum(kv_len, tl.where(entries >= 0, room, 0x7FFFFFFF)), -1)  # any negative length as -1
+    if room < 0:
+        begin = table_entry(request, ok, page_indptr, entries)
+        end = table_entry(request + 1, ok, page_indptr, entries)
+        held = tl.minimum(tl.maximum(end - begin, 0).to(tl.int64) * page_size, MOST).to(tl.int32)
+        kv_len = tl.minimum(kv_len, held)
+    else:
+        kv_len = tl.minimum(kv_len, room)
+    return tl.maximum(kv_len, -1)  # any negative length is -1
 
 
 @triton.jit
 def request_shape(
-    request, ok, q_indptr, kv_lens, page_indptr, page_size, entries, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    request, ok, q_indptr, kv_lens, page_indptr, page_size, entries, room, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(query tokens, keys, row blocks, tiles of keys) of requests [BLOCK]; zeros where not ok."""
     q_len = tl.load(q_indptr + request + 1, mask=ok, other=0) - tl.load(q_indptr + request, mask=ok, other=0)
-    kv_len = keys_held(request, ok, kv_lens, page_indptr, page_size, entries)
+    kv_len = keys_held(request, ok, kv_lens, page_indptr, page_size, entries, room)
     return q_len, kv_len, tl.cdiv(q_len * GROUP, BLOCK_M), tl.where(ok, tl.maximum(tl.cdiv(kv_len, BLOCK_N), 1), 0)
 
 
@@ -74,7 +77,7 @@ def ranges(tiles, blocks, limit, fixed_tiles, merge_ratio):
 @triton.jit
 def plan(
     q_indptr, kv_lens, page_indptr, table, items, pages, scratch, error,
-    requests, stride, max_items, max_tokens, max_pages, page_size, entries, programs, min_tiles, fixed_tiles,
+    requests, stride, max_items, max_tokens, max_pages, page_size, entries, room, programs, min_tiles, fixed_tiles,
     merge_ratio, item_programs, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGED: tl.constexpr, LIGHT: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +86,7 @@ def plan(
 
     q_indptr, page_indptr int32 [requests + 1]; kv_lens int32 [requests]; table int32; items int32 [max_items, 16];
     scratch int32 [6, stride]; error int32 [4]: code, request, number, limit (left alone when all is well). entries: of
-    the table, beyond which nothing is read whatever lengths and offsets say; -1 where they are known to fit.
+    the table, beyond which nothing is read whatever lengths and offsets say; room: see `keys_held`.
     merge_ratio: time of a tile over that of merging one partial state.
     """
     lane = tl.arange(0, BLOCK)
@@ -94,10 +97,10 @@ def plan(
             used = tl.zeros([BLOCK], tl.int64)
             for start in range(0, request, BLOCK):
                 before = start + lane
-                kv_len = keys_held(before, before < request, kv_lens, page_indptr, page_size, entries)
+                kv_len = keys_held(before, before < request, kv_lens, page_indptr, page_size, entries, room)
                 used += tl.cdiv(tl.maximum(kv_len, 0), page_size)
             offset = tl.minimum(tl.sum(used, 0), max_pages).to(tl.int32)
-            kv_len = keys_held(request, True, kv_lens, page_indptr, page_size, entries)
+            kv_len = keys_held(request, True, kv_lens, page_indptr, page_size, entries, room)
             count = tl.minimum(tl.cdiv(kv_len, page_size), max_pages - offset)
             source = table + table_entry(request, True, page_indptr, entries)
             for start in range(0, count, BLOCK):
@@ -107,7 +110,7 @@ def plan(
                 )
         return
 
-    lens = (q_indptr, kv_lens, page_indptr, page_size, entries)
+    lens = (q_indptr, kv_lens, page_indptr, page_size, entries, room)
     work = tl.zeros([BLOCK], tl.int64)
     wrong = requests  # the first request with a negative length
     used = tl.zeros([BLOCK], tl.int64)
