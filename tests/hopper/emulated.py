@@ -23,7 +23,7 @@ from tests.triton.cases import (
 
 import flashloom as fl
 from flashloom import dispatch
-from flashloom.attention.kernels.hopper import consume, load, transpose
+from flashloom.attention.kernels.hopper import consume, load, rows, transpose
 from flashloom.attention.reference import attention_reference
 
 G = H(4, 1, 128)
@@ -68,6 +68,8 @@ CASES = [
     Case([30, 40, 1], [30, 130, 77], G, BF16, page_size=1, variant=causal),
     Case([30, 26], [130, 71], H(8, 4, 80), BF16, page_size=4, layout="HND", variant=gemma),
     Case([30, 26], [130, 71], H(8, 2, 256), BF16, page_size=20, variant=causal),
+    Case([130, 1], [600, 129], H(4, 2, 128), F16, page_size=3, variant=causal),
+    Case([60, 0, 3], [700, 0, 3], H(2, 1, 192, 128), BF16, page_size=2, layout="HND", variant=sinks),
     Case([1, 2, 191, 193, 64], [1, 200, 191, 500, 64], H(2, 2, 64), F16, kind="ragged"),
     Case([70, 30], [70, 200], G, BF16, kind="ragged", variant=documents),
     Case([30, 50], [30, 100], G, F16, kind="ragged", variant=prefix),
@@ -152,7 +154,7 @@ def test_counters_are_left_at_zero():
 def broken(monkeypatch, replaced, **case):
     """Run a case with functions of the kernel replaced; answers what the check says."""
     for name, replacement in replaced.items():
-        for module in (consume, load, transpose):
+        for module in (consume, load, rows, transpose):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
     given = {"q_lens": [60, 50], "kv_lens": [400, 300], "heads": H(4, 2, 128), "dtype": BF16, "page_size": 16} | case
@@ -167,6 +169,23 @@ def test_a_copy_that_is_not_waited_for(monkeypatch):
 
 def test_a_missing_fence(monkeypatch):
     assert "without a fence" in broken(monkeypatch, {"fence_async_shared": lambda: None})
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_rows_that_are_not_made_visible(monkeypatch, page_size):
+    monkeypatch.setattr(rows, "fence_async_shared", lambda: None)
+    with pytest.raises(AssertionError, match="without a fence"):
+        check(Case([60], [400], H(2, 1, 128), BF16, page_size=page_size), "cpu", "hopper")
+
+
+def test_rows_that_are_announced_too_early(monkeypatch):
+    real = rows.copy_rows_wait
+    assert broken(monkeypatch, {"copy_rows_wait": lambda left: real(left + 1)}, page_size=3)
+
+
+def test_rows_of_another_page(monkeypatch):
+    real = rows.load_rows
+    assert broken(monkeypatch, {"load_rows": lambda *a: real(*a[:3], a[3] * 0, *a[4:])}, page_size=4)
 
 
 def test_a_transposer_without_a_fence(monkeypatch):

@@ -67,6 +67,7 @@ KERNELS = [
     Kernel("keys wider than values, sink", H(8, 8, 192, 128), fl.causal & fl.sink(torch.zeros(8))),
     Kernel("ALiBi into float32", H(16, 16, 128), fl.causal & fl.alibi(16), out=torch.float32, stack=128),
     Kernel("soft cap", H(32, 8, 128), fl.causal & fl.softcap(30.0), stack=16),
+    Kernel("pages of 1", H(32, 8, 128), fl.causal, page_size=1, stack=32),
     Kernel("pages of 3, documents", H(32, 8, 128), fl.causal & DOCUMENTS, page_size=3, stack=160),
     Kernel(
         "packed heads, query transform",
@@ -89,7 +90,8 @@ def test_kernels_of_a_plan():
         kernels = dispatch.kernels(spec, Target(target), 2048, mean, page_size)
         return {type(kernel).__name__ for kernel in kernels}
 
-    assert kinds("sm90", 500, 16) == {"GluonKernel", "TritonKernel"}
+    for page_size in (0, 1, 3, 16):
+        assert kinds("sm90", 500, page_size) == {"GluonKernel", "TritonKernel"}
     for other in (("sm90", 1, 16), ("sm80", 500, 16), ("sm100", 500, 16)):
         assert kinds(*other) == {"TritonKernel"}
 
@@ -110,7 +112,8 @@ def test_binary(kernel, tmp_path):
     form = asked.Form(kernel.out or spec.out_dtype)
     byte = kernel.dtype == E4M3
     stages, metadata = asked.attend_kernel(spec, form, chosen, kernel.page_size, Target("sm90")).compile()
-    assert metadata["num_warps"] == 4 * (chosen.consumers + 1 + byte)
+    by_rows = chosen.box == 1  # four warps of their own for that
+    assert metadata["num_warps"] == 4 * (chosen.consumers + 1 + byte + by_rows)
     assert metadata["shared"] <= 227 << 10
     assert not metadata["global_scratch_size"]
     cubin = tmp_path / "kernel.cubin"
@@ -118,7 +121,7 @@ def test_binary(kernel, tmp_path):
     usage = subprocess.run(
         [TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
     ).stdout
-    found = re.search(rf"REG:{128 if chosen.consumers == 3 or byte else 168} STACK:(\d+) .*LOCAL:0", usage)
+    found = re.search(rf"REG:{128 if chosen.consumers == 3 or byte or by_rows else 168} STACK:(\d+) .*LOCAL:0", usage)
     assert found, usage
     assert int(found[1]) <= kernel.stack, f"registers are spilled: {usage}"
     sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
@@ -129,4 +132,10 @@ def test_binary(kernel, tmp_path):
         assert len(re.findall(r"\bLDSM\.16\.MT88\.4\b", sass)) == stores
         assert len(re.findall(r"\bSTSM\.16\.M88\.4\b", sass)) == stores
         assert len(re.findall(r"\bPRMT\b", sass)) <= 6 * stores
+    if by_rows:  # each of 128 threads copies so many vectors of keys and of values, and does little else
+        vectors = chosen.block_n * (config.width(heads.dim) + config.width(heads.value_dim)) // 8 // 128
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z]\w*)", sass)
+        copies = [i for i, name in enumerate(code) if name == "LDGSTS"]
+        assert len(copies) == vectors
+        assert copies[-1] - copies[0] < 5 * vectors
     assert len(re.findall(r"\bUSETMAXREG\b", sass)) >= 4, "the assembler ignored the consumers' registers"

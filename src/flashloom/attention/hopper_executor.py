@@ -52,8 +52,8 @@ class HopperExecutor(TritonExecutor):
     @classmethod
     def declines(cls, spec: AttentionSpec, batch: Batch) -> str | None:
         """Why another backend should take this batch, or None."""
-        if isinstance(batch.kv, PageTable) and config.box_rows(batch.page_size, 64) == 1:
-            return f"pages of {batch.page_size} tokens do not consist of copies of {config.LEAST_BOX}"
+        if isinstance(batch.kv, PageTable) and not asked.suits(spec, batch.page_size):
+            return f"8-bit keys on pages of {batch.page_size} tokens are copied one by one"
         if _mean(batch) * spec.heads.group <= FEW_ROWS:
             return f"queries are few ({_mean(batch)} tokens per request on average)"
         tokens = batch.max_q_len * batch.requests if batch.tokens is None else batch.tokens
@@ -116,7 +116,7 @@ class HopperExecutor(TritonExecutor):
         few = mean_q_len * spec.heads.group <= FEW_ROWS
         if target.name != "sm90" or asked.unsuitable(spec) or few:
             return []
-        if page_size and config.box_rows(page_size, 64) == 1:
+        if not asked.suits(spec, page_size):
             return []
         chosen = asked.choose(spec, mean_q_len, page_size)
         return [

@@ -225,8 +225,8 @@ def valid(choice: Choice, spec: AttentionSpec, device: torch.device, facts: Fact
     if choice.backend == "triton":
         return triton_config.valid(choice.config, _need(spec, device, facts))
     if choice.backend == "hopper":
-        paged = facts.page_size % hopper_config.LEAST_BOX == 0
-        return paged and hopper_offered.valid(choice.config, spec.heads, facts.page_size, spec.q_dtype.itemsize)
+        suits = hopper_asked.suits(spec, facts.page_size)
+        return suits and hopper_offered.valid(choice.config, spec.heads, facts.page_size, spec.q_dtype.itemsize)
     return True
 
 

@@ -134,6 +134,9 @@ class Pointer:
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.address + tensor(offset).to(torch.int64) * self.dtype.torch.itemsize, self.dtype)
 
+    def __getitem__(self, where: Any) -> Pointer:
+        return Pointer(self.address[where], self.dtype)
+
 
 def _reach(pointer: Pointer, mask: Any, x: torch.Tensor, what: str) -> tuple[torch.Tensor, ...]:
     """(memory, index of each element in it, which elements are asked for, x), the last three of one shape."""
@@ -342,31 +345,35 @@ def tma_store_wait(_left: int) -> None:
 
 
 def copy_rows(to: Shared, source: Pointer, mask: Any = None) -> None:
+    """Comes at any time until it is waited for."""
     m = machine()
+    m.pause()
     to.spoil()
-    own = m.current
+    m.replaced(*to.range)
+    own, left = m.current, [True]
 
     def copy() -> None:
-        to.x.copy_(load(source, mask).x)
-        low, high = to.range
-        m.replaced(low, high)
-        m.dirty.append(Dirty(low, high, own))
+        if left:
+            left.clear()
+            to.x.copy_(load(source, mask).x)
+            m.dirty.append(Dirty(*to.range, own))
 
     own.copies.append(copy)
+    m.jobs.append(copy)
 
 
-def copy_rows_arrive(full: Barrier) -> None:
+def copy_rows_commit() -> None:
+    own = machine().current
+    own.groups.append(own.copies)
+    own.copies = []
+
+
+def copy_rows_wait(left: int) -> None:
     m = machine()
-    copies = list(m.current.copies)
-    m.current.copies.clear()
-    full.missing += 1
-
-    def run() -> None:
-        for copy in copies:
+    m.pause()
+    while len(m.current.groups) > left:
+        for copy in m.current.groups.pop(0):
             copy()
-        full.add(1)
-
-    m.jobs.append(run)
 
 
 def fence_async_shared() -> None:

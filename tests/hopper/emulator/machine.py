@@ -29,7 +29,8 @@ class Warps:
     products: list[Callable[[], None]] = field(default_factory=list)  # asynchronous ones to be done, in order
     outstanding: int = 0  # of those that were not waited for
     stores: list[Callable[[], None]] = field(default_factory=list)  # copies to memory that still read shared memory
-    copies: list[Callable[[], None]] = field(default_factory=list)  # copies by threads that no barrier was told of
+    copies: list[Callable[[], None]] = field(default_factory=list)  # copies by threads that are of no group yet
+    groups: list[list[Callable[[], None]]] = field(default_factory=list)  # those that were not waited for
 
 
 class Barrier:

@@ -21,7 +21,7 @@ from flashloom.variant.expr import Expr, topological
 if TYPE_CHECKING:
     from flashloom.kernel.gluon import GluonKernel
 
-__all__ = ["Form", "attend_kernel", "boxes", "choose", "plan_kernel", "unsuitable"]
+__all__ = ["Form", "attend_kernel", "boxes", "choose", "plan_kernel", "suits", "unsuitable"]
 
 SPECIAL = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "sin", "cos", "div"}
 
@@ -60,6 +60,12 @@ def unsuitable(spec: AttentionSpec) -> str | None:
         if program.query is not None:
             return "query transforms of 8-bit queries are not supported, they would be rounded to 8 bits again"
     return None
+
+
+def suits(spec: AttentionSpec, page_size: int) -> bool:
+    """Whether it is the faster kernel for pages of this size (0: a request is one run of tokens). 8-bit keys that are
+    copied row by row leave too few registers."""
+    return spec.q_dtype.itemsize > 1 or sizes.box_rows(page_size, 64) > 1
 
 
 def _own_elements(hook: Expr) -> bool:
@@ -109,6 +115,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     heads, hooks, dtype = spec.heads, lower.functions(spec.program), spec.q_dtype
     dim, value_dim = width(heads.dim), width(heads.value_dim)
     by_rows = config.box == 1
+    row_warps = sizes.row_warps(config, heads.dim, heads.value_dim, dtype.itemsize)
     names = ("q", "out_map") if by_rows else ("q", "k", "v", "out_map")
     signature: dict[str, Any] = {
         n: tensor_map_type(box, spec.out_dtype if n == "out_map" else dtype)
@@ -135,7 +142,8 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "OUT_MAP": form.out_dtype == spec.out_dtype, "REUSE_Q": dim == value_dim == 256,
         "Q_STAGES": sizes.q_stages(config, dim, value_dim, dtype.itemsize), "RING": sizes.RING,
         "CONSUMER_REGISTERS": config.registers, "OTHER_REGISTERS": config.other_registers,
-        "TRANSPOSER_REGISTERS": sizes.transposer_registers(config),
+        "TRANSPOSER_REGISTERS": sizes.transposer_registers(config), "ROW_WARPS": row_warps,
+        "SCHEDULER_REGISTERS": sizes.scheduler_registers(config, row_warps),
     }  # fmt: skip
     constants |= dict.fromkeys(("k", "v") if by_rows else ("k_rows", "v_rows"))
     aligned = ("out", "items", "pages", *(n for n in ("k_rows", "v_rows") if by_rows))

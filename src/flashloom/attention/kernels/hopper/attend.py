@@ -8,6 +8,7 @@ overlapped within and between the consumers.
 from flashloom.attention.kernels.hopper.consume import consumer
 from flashloom.attention.kernels.hopper.gluon import fence_async_shared, gl, jit, mbarrier
 from flashloom.attention.kernels.hopper.load import producer
+from flashloom.attention.kernels.hopper.rows import row_producer
 from flashloom.attention.kernels.hopper.schedule import scheduler
 from flashloom.attention.kernels.hopper.transpose import transposer
 
@@ -22,7 +23,7 @@ def attend(
     WIDTH: gl.constexpr, VALUE_DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, BOX: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_MAP: gl.constexpr, REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr,
     RING: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    TRANSPOSER_REGISTERS: gl.constexpr,
+    TRANSPOSER_REGISTERS: gl.constexpr, SCHEDULER_REGISTERS: gl.constexpr, ROW_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best the number of multiprocessors; each takes tiles until none is left.
 
@@ -60,7 +61,7 @@ def attend(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     for i in gl.static_range(RING):
         mbarrier.init(ring_full.index(i), count=1)
-        mbarrier.init(ring_empty.index(i), count=CONSUMERS + 2 + FP8)
+        mbarrier.init(ring_empty.index(i), count=CONSUMERS + 2 + FP8 - (BOX == 1))
     for i in gl.static_range(Q_STAGES * CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -87,15 +88,18 @@ def attend(
     gl.warp_specialize(
         [
             (producer, (
-                q, q_jump, k, k_rows, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                k_full, k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
-                KEY_DIM,
+                q, q_jump, k, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full, k_empty,
+                True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
             )) if part == "keys"
             else (producer, (
-                q, q_jump, v, v_rows, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty,
-                v_full, v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
-                VALUE_DIM,
+                q, q_jump, v, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty, v_full, v_empty,
+                False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
             )) if part == "values"
+            else (row_producer, (
+                q, q_jump, k_rows, v_rows, k_strides, v_strides, pages, q_smem, k_smem, v_smem, ring, ring_full,
+                ring_empty, q_full, q_empty, k_full, k_empty, v_full, v_empty, BLOCK_N, STAGES, PACK, GROUP, PAGE_SIZE,
+                RING, CONSUMERS, Q_STAGES, KEY_DIM, VALUE_DIM,
+            )) if part == "rows"
             else (transposer, (
                 v_smem, t_smem, ring, ring_full, ring_empty, v_full, v_empty, t_full, t_empty, BLOCK_N, STAGES, WIDTH,
                 RING,
@@ -106,16 +110,23 @@ def attend(
             )) if part == "tiles"
             else (consumer, (
                 what, part, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, BOX == 1,
+                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, False,
             ))
             for part in (
-                (0, 1, 2, "keys", "values", "tiles") if CONSUMERS == 3
+                (0, 1, "transposed", "rows", "tiles") if FP8 and BOX == 1
+                else (0, 1, "rows", "tiles") if BOX == 1
                 else (0, 1, "transposed", "keys", "values", "tiles") if FP8
-                else (0, 1, "keys", "values", "tiles")
+                else (0, 1, "keys", "values", "tiles") if CONSUMERS == 2
+                else (0, 1, 2, "keys", "values", "tiles")
             )
         ],
-        [4, 4, 1, 1, 1] if CONSUMERS == 3 or FP8 else [4, 1, 1, 1],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS] if CONSUMERS == 3
+        [4, 4, ROW_WARPS, 1] if FP8 and BOX == 1
+        else [4, ROW_WARPS, 1] if BOX == 1
+        else [4, 1, 1, 1] if CONSUMERS == 2 and not FP8
+        else [4, 4, 1, 1, 1],
+        [CONSUMER_REGISTERS, TRANSPOSER_REGISTERS, OTHER_REGISTERS, SCHEDULER_REGISTERS] if FP8 and BOX == 1
+        else [CONSUMER_REGISTERS, OTHER_REGISTERS, SCHEDULER_REGISTERS] if BOX == 1
         else [CONSUMER_REGISTERS, TRANSPOSER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS] if FP8
-        else [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        else [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS] if CONSUMERS == 2
+        else [CONSUMER_REGISTERS, CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
     )  # fmt: skip

@@ -69,6 +69,18 @@ def q_stages(config: Config, dim: int, value_dim: int, itemsize: int = 2) -> int
     return 2 if tile_bytes(config, dim, value_dim, 2, itemsize) <= SHARED else 1
 
 
+def row_warps(config: Config, dim: int, value_dim: int, itemsize: int) -> int:
+    """Warps that copy keys and values row by row: a warpgroup, unless there is a transposer beside it or the products
+    are so wide that no more than three fit."""
+    return 4 if itemsize > 1 and max(width(dim), width(value_dim)) <= 128 else 2
+
+
+def scheduler_registers(config: Config, warps: int) -> int:
+    """Registers per thread of the scheduler where keys are copied row by row by so many warps: what the others leave,
+    where it is in a warpgroup of its own."""
+    return 512 - config.consumers * config.registers - config.other_registers if warps == 4 else config.other_registers
+
+
 def transposer_registers(config: Config) -> int:
     """Registers per thread of the transposing warpgroup: what the others leave of a multiprocessor's."""
     return min(512 - config.consumers * config.registers - config.other_registers, 64)
@@ -93,8 +105,10 @@ def choose(
     box = box_rows(page_size, block_n)
     heads = 1 if invariant else pack(group, mean_q_len)
     if itemsize == 1:  # what these leave is for the warps that transpose the values
-        registers, others = (224, 24) if box > 1 else (200, 72)
+        registers, others = (224, 24) if box > 1 else (216, 40)
         return Config(2, block_n, 2, heads, box, registers, others)
+    if box == 1 and widest <= 128:  # what these leave is for the scheduler
+        return Config(2, block_n, 2, heads, box, 224, 40)
     if widest == 64 and spare and not heavy:  # a third consumer fills the time that the softmax of two leaves
         return Config(3, block_n, 2, heads, box, 160, 32)
     # many copies per tile want registers for the page numbers; wide accumulators have none to give

@@ -18,7 +18,8 @@ __all__ = [
     "barrier",
     "constexpr_function",
     "copy_rows",
-    "copy_rows_arrive",
+    "copy_rows_commit",
+    "copy_rows_wait",
     "fence_async_shared",
     "gl",
     "jit",
@@ -36,5 +37,6 @@ tma_load = _tma.async_load if hasattr(_tma, "async_load") else _tma.async_copy_g
 tma_store = _tma.async_store if hasattr(_tma, "async_store") else _tma.async_copy_shared_to_global
 tma_store_wait = _tma.store_wait
 copy_rows = _async_copy.async_load if hasattr(_async_copy, "async_load") else _async_copy.async_copy_global_to_shared
-copy_rows_arrive = _async_copy.mbarrier_arrive
+copy_rows_commit = _async_copy.commit_group
+copy_rows_wait = _async_copy.wait_group
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

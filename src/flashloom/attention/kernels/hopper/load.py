@@ -3,10 +3,10 @@
 Queries are boxes of [64 / PACK tokens, PACK heads, DIM] of [tokens, heads, dim]; keys and values boxes of [1, BOX, 1,
 DIM] of [pages, page tokens, kv heads, dim]. What lies beyond a tensor arrives as zeros, also the columns beyond its
 width. BOX is BLOCK_N where a tile of keys lies in one run of memory; else several boxes, each within a page, make one.
-Pages that no such box divides (BOX 1) are copied row by row by the threads themselves.
+Pages that no such box divides are the business of `rows`.
 """
 
-from flashloom.attention.kernels.hopper.gluon import copy_rows, copy_rows_arrive, gl, jit, mbarrier, tma_load
+from flashloom.attention.kernels.hopper.gluon import gl, jit, mbarrier, tma_load
 from flashloom.attention.kernels.hopper.schedule import (
     BATCH,
     END,
@@ -46,39 +46,24 @@ def load_boxes(
 
 
 @jit
-def load_rows(
-    rows, strides, stage, full, pages, token, last, head,
-    DIM: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr,
+def load_queries(
+    q, q_start, row, head, loaded, q_smem, q_full, q_empty, PACK: gl.constexpr, CONSUMERS: gl.constexpr,
+    Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fill one stage with the keys `token` and on, of which `last` is the last to be read; `strides` of pages, tokens
-    and heads count vectors of 16 bytes. Readers need a fence: these are not copies of the tensor memory accelerator."""
-    WIDTH: gl.constexpr = stage.shape[1]
-    VEC: gl.constexpr = 128 // stage.dtype.primitive_bitwidth
-    layout: gl.constexpr = gl.BlockedLayout([1, VEC], [32 * VEC // WIDTH, WIDTH // VEC], [1, 1], [1, 0])
-    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
-    position = gl.minimum(token + gl.arange(0, 16, gl.SliceLayout(1, layout)), last)
-    page = gl.load(pages + position // PAGE_SIZE)
-    for i in gl.static_range(BLOCK_N // 16):
-        where = page.to(gl.int64) * strides[0] + (position % PAGE_SIZE).to(gl.int64) * strides[1] + head * strides[2]
-        if i + 1 < BLOCK_N // 16:  # the next page numbers come while these rows are asked for
-            position = gl.minimum(token + (i + 1) * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout)), last)
-            page = gl.load(pages + position // PAGE_SIZE)
-        source = rows + (where * VEC)[:, None] + column
-        if DIM < WIDTH:
-            copy_rows(stage.slice(i * 16, 16, dim=0), source, mask=(column < DIM) & (position >= 0)[:, None])
-        else:
-            copy_rows(stage.slice(i * 16, 16, dim=0), source)
-    copy_rows_arrive(full)
-    mbarrier.arrive(full, count=1)
+    """Load the queries of a tile, for each consumer when it has room."""
+    for c in gl.static_range(CONSUMERS):
+        to = (loaded % Q_STAGES) * CONSUMERS + c
+        mbarrier.wait(q_empty.index(to), ((loaded // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(q_full.index(to), q.block_type.nbytes)
+        tma_load(q, [q_start + row // PACK + c * (64 // PACK), head, 0], q_full.index(to), q_smem.index(to))
 
 
 @jit
 def producer(
-    q, q_jump, kv, rows, strides, pages, q_smem, kv_smem, ring, ring_full, ring_empty, q_full, q_empty, kv_full,
+    q, q_jump, kv, pages, q_smem, kv_smem, ring, ring_full, ring_empty, q_full, q_empty, kv_full,
     kv_empty,
     QUERIES: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr,
     GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr, RING: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
-    DIM: gl.constexpr,
 ):  # fmt: skip
     """Load what the tiles in the ring need of one tensor, as stages come free, and the queries if QUERIES. PAGE_SIZE 0:
     a request is one run of tokens."""
@@ -104,35 +89,24 @@ def producer(
         mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         if tiles > 0:
             if QUERIES:
-                for c in gl.static_range(CONSUMERS):
-                    to = (loaded % Q_STAGES) * CONSUMERS + c
-                    mbarrier.wait(q_empty.index(to), ((loaded // Q_STAGES) & 1) ^ 1)
-                    mbarrier.expect(q_full.index(to), q.block_type.nbytes)
-                    tma_load(q, [q_start + row // PACK + c * (64 // PACK), head, 0], q_full.index(to), q_smem.index(to))
+                load_queries(q, q_start, row, head, loaded, q_smem, q_full, q_empty, PACK, CONSUMERS, Q_STAGES)
                 loaded += 1
             kv_head = head // GROUP
             for i in range(tiles):
                 token = key_tile(i, masked, high, end, full_begin, full_end) * BLOCK_N
                 stage = step % STAGES
-                if BOX == 1:
-                    mbarrier.wait(kv_empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                    load_rows(
-                        rows, strides, kv_smem.index(stage), kv_full.index(stage), pages + page, token, kv_len - 1,
-                        kv_head, DIM, BLOCK_N, PAGE_SIZE,
-                    )  # fmt: skip
-                else:
-                    places = ()
-                    for box in gl.static_range(BLOCK_N // BOX):
-                        if PAGE_SIZE > 0:
-                            at = gl.minimum(token + box * BOX, kv_len - 1) // PAGE_SIZE
-                            places = places + (gl.load(pages + page + at),)  # type: ignore[assignment]  # noqa: RUF005
-                        else:
-                            places = places + (page,)  # type: ignore[assignment]  # noqa: RUF005
-                    mbarrier.wait(kv_empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                    load_boxes(
-                        kv, kv_smem.index(stage), kv_full.index(stage), places, token + first_token, kv_head, BOX,
-                        BLOCK_N, PAGE_SIZE,
-                    )  # fmt: skip
+                places = ()
+                for box in gl.static_range(BLOCK_N // BOX):
+                    if PAGE_SIZE > 0:
+                        at = gl.minimum(token + box * BOX, kv_len - 1) // PAGE_SIZE
+                        places = places + (gl.load(pages + page + at),)  # type: ignore[assignment]  # noqa: RUF005
+                    else:
+                        places = places + (page,)  # type: ignore[assignment]  # noqa: RUF005
+                mbarrier.wait(kv_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                load_boxes(
+                    kv, kv_smem.index(stage), kv_full.index(stage), places, token + first_token, kv_head, BOX,
+                    BLOCK_N, PAGE_SIZE,
+                )  # fmt: skip
                 step += 1
         turn += 1
         mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)

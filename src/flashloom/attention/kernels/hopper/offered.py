@@ -9,6 +9,8 @@ from flashloom.attention.kernels.hopper.config import (
     LEAST_BOX,
     Config,
     box_rows,
+    row_warps,
+    scheduler_registers,
     tile_bytes,
     transposer_registers,
     width,
@@ -26,7 +28,7 @@ OFFERED: dict[str, tuple[int, ...]] = {
     "block_n": (32, 64, 80, 96, 112, 128, 160, 192),
     "stages": (2, 3, 4),
     "pack": POWERS,
-    "box": tuple(range(LEAST_BOX, 257, LEAST_BOX)),
+    "box": (1, *range(LEAST_BOX, 257, LEAST_BOX)),
     "registers": tuple(range(24, 241, 8)),
     "other_registers": tuple(range(24, 241, 8)),
 }
@@ -41,6 +43,10 @@ def valid(config: Config, heads: HeadShape, page_size: int, itemsize: int = 2) -
     if itemsize == 1:
         size = tile_bytes(config, heads.dim, heads.value_dim, 1, 1) + 2048
         if consumers != 2 or config.block_n not in (64, 128) or transposer_registers(config) < 40:
+            return False
+    if config.box == 1:
+        warps = row_warps(config, heads.dim, heads.value_dim, itemsize)
+        if consumers != 2 or scheduler_registers(config, warps) < 24:
             return False
     threads = consumers * 128 * config.registers + 4 * 32 * config.other_registers
     return (
@@ -64,7 +70,8 @@ def candidates(default: Config, heads: HeadShape, page_size: int, itemsize: int 
                 if itemsize == 1:
                     found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 24), (216, 40))]
                 elif default.consumers == 2:
-                    found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 72), (232, 40))]
+                    shares = ((216, 48), (208, 64)) if box == 1 else ((216, 72), (232, 40))
+                    found += [replace(one, registers=a, other_registers=b) for a, b in shares]
     if itemsize > 1 and max(width(heads.dim), width(heads.value_dim)) == 64:
         three = {"consumers": 3, "registers": 160, "other_registers": 32}
         two = {"consumers": 2, "registers": 232, "other_registers": 40}
