@@ -66,16 +66,21 @@ def compiled(job):
     config = choose(asked.need(spec, longest, longest, page_size, capability, requests))
     target = Target(f"sm{capability}")
     stages, metadata = asked.attend_kernel(spec, Form(spec.out_dtype), config, page_size, target).compile()
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     file = Path(f"{metadata['name']}.cubin")
     file.write_bytes(stages["cubin"])
-    usage, code = (
-        subprocess.run([tools / tool, option, file], capture_output=True, text=True, check=True).stdout
-        for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-    )
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    waits = code.count("WARPGROUP.DEPBAR"), code.count(" HGMMA.")
-    return metadata["shared"], int(registers), int(stack), shared_limit(capability), *waits
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file)).groups()
+    return metadata["shared"], int(registers), int(stack), shared_limit(capability), *_waits(file)
+
+
+def _tool(name, *arguments):
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin" / name, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _waits(file):
+    """(waits for products on Hopper, products)."""
+    code = _tool("nvdisasm", "-c", file)
+    return code.count("WARPGROUP.DEPBAR"), code.count(" HGMMA.")
 
 
 def _check(jobs, tmp_path, monkeypatch):
@@ -141,7 +146,7 @@ def test_every_need_has_a_valid_config(capability):
         assert all(valid(c, need) for c in candidates(need)), need
 
 
-def test_kernels_of_block_patterns_keep_their_copies_in_flight():
+def test_kernels_of_block_patterns_keep_copies_and_products_in_flight(tmp_path):
     """The list of visited tiles is read ahead, so that keys and values are still copied while others are multiplied."""
     program = fl.causal.program.specialise(128, 128)
     blocks = fl.BlockSparseKV(fl.RaggedKV([1000]), [0] + [1] * 8, [0], block_q=128, block_kv=64)
@@ -153,6 +158,9 @@ def test_kernels_of_block_patterns_keep_their_copies_in_flight():
         assert metadata["shared"] <= shared_limit(90)
         assert stages["ptx"].count("cp.async.cg") >= 3 * config.num_stages
         assert "st.local" not in stages["ptx"]
+        (tmp_path / "kernel.cubin").write_bytes(stages["cubin"])
+        waits, products = _waits(tmp_path / "kernel.cubin")
+        assert 2 * waits <= products, f"{waits} waits for {products} products"
 
 
 def test_an_invariant_config_does_not_depend_on_the_batch():

@@ -162,6 +162,7 @@ def attend_kernel(
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
         "ONE_LOOP": config.block_m == 16 or lists is not None, "PARTS": count, "LISTS": lists,
         "SPREAD": spread,
+        "PASS": max(32 * config.num_warps * 16 // (d0 * spec.kv_dtype.itemsize), 1),
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))
     source = Source(f"{KERNELS}.attend", "attend")

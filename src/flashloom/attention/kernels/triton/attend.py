@@ -16,7 +16,14 @@ in float16, in which every value of theirs is exact; the query rows are brought 
 import triton
 import triton.language as tl
 from flashloom.attention.kernels.triton.finish import combine, finish
-from flashloom.attention.kernels.triton.tiles import load_keys, load_tile, stored, token_offsets, token_pages
+from flashloom.attention.kernels.triton.tiles import (
+    load_keys,
+    load_tile,
+    stored,
+    tile_places,
+    token_offsets,
+    token_pages,
+)
 
 ITEM_WORDS = tl.constexpr(16)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -129,7 +136,7 @@ def attend_tiles(
     V0: tl.constexpr, V1: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, VEC_K: tl.constexpr,
     VEC_V: tl.constexpr, QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr,
     V_SCALE: tl.constexpr, E4M3_BITS: tl.constexpr, LATENT: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
-    LISTED: tl.constexpr, SPREAD: tl.constexpr,
+    LISTED: tl.constexpr, SPREAD: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """Go over tiles first to last of keys (from skip_at on, `skip` further; or, LISTED, those that `visited` has at
     these places) and update the state of the online softmax. known_page: `token_pages` of known_tile; SPREAD: `total`
@@ -160,20 +167,20 @@ def attend_tiles(
         next_page = token_pages(
             following, kv_hi, pages, page_begin, first_page, PAGE_SIZE, BLOCK_N
         )  # a step ahead, so that no load waits for it
-        within = token_offsets(tile, PAGE_SIZE, BLOCK_N).to(tl.int64)
-        k_row = (page * k_page + within * k_token) * VEC_K
+        first_token, within = token_offsets(tile, PAGE_SIZE, BLOCK_N)
+        k_tile, k_row = tile_places(k, page, k_page, first_token, within, k_token, VEC_K, PASS, PAGE_SIZE, BLOCK_N)
         key_scale = scale
         if K_SCALE == 2:
             k_factor = tl.load(k_scale + (page + tl.zeros([BLOCK_N], tl.int64)) * k_scale_page)
             key_scale = k_factor[:, None]
         key0 = load_keys(
-            k, k_row, kv_pos, at, key_scale, values, live, KEY, KEY_INDEX, KEY_LOADS, DIM, D0, 0, QK_TYPE, E4M3_BITS,
-            MASKED
+            k_tile, k_row, kv_pos, at, key_scale, values, live, KEY, KEY_INDEX, KEY_LOADS, DIM, D0, 0, QK_TYPE,
+            E4M3_BITS, MASKED
         )  # fmt: skip  # [BLOCK_N, D0]
         s = tl.dot(q0, tl.trans(key0), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if D1 > 0:
             key1 = load_keys(
-                k, k_row, kv_pos, at, key_scale, values, live, KEY, KEY_INDEX, KEY_LOADS, DIM, D1, D0, QK_TYPE,
+                k_tile, k_row, kv_pos, at, key_scale, values, live, KEY, KEY_INDEX, KEY_LOADS, DIM, D1, D0, QK_TYPE,
                 E4M3_BITS, MASKED
             )  # fmt: skip
             s = tl.dot(q1, tl.trans(key1), s, input_precision=PRECISION)
@@ -227,8 +234,10 @@ def attend_tiles(
         if LATENT:
             value0 = key0
         else:
-            v_row = (page * v_page + within * v_token) * VEC_V
-            value0 = stored(load_tile(v, v_row, tl.arange(0, V0), live, VALUE_DIM, V0, 0, MASKED), PV_TYPE, E4M3_BITS)
+            v_tile, v_row = tile_places(v, page, v_page, first_token, within, v_token, VEC_V, PASS, PAGE_SIZE, BLOCK_N)
+            value0 = stored(
+                load_tile(v_tile, v_row, tl.arange(0, V0), live, VALUE_DIM, V0, 0, MASKED), PV_TYPE, E4M3_BITS
+            )
         if V_SCALE == 2:
             v_factor = tl.load(v_scale + (page + tl.zeros([BLOCK_N], tl.int64)) * v_scale_page)
             p = p * v_factor[None, :]
@@ -236,7 +245,7 @@ def attend_tiles(
         acc0 = tl.dot(p, value0, acc0, input_precision=PRECISION)  # [BLOCK_M, V0]
         if V1 > 0:
             value1 = stored(
-                load_tile(v, v_row, V0 + tl.arange(0, V1), live, VALUE_DIM, V1, V0, MASKED), PV_TYPE, E4M3_BITS
+                load_tile(v_tile, v_row, V0 + tl.arange(0, V1), live, VALUE_DIM, V1, V0, MASKED), PV_TYPE, E4M3_BITS
             )
             acc1 = tl.dot(p, value1, acc1, input_precision=PRECISION)
     return acc0, acc1, top, total
@@ -255,7 +264,7 @@ def attend(
     tl.constexpr, VEC_Q: tl.constexpr, VEC_K: tl.constexpr, VEC_V: tl.constexpr, VEC_OUT: tl.constexpr,
     QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
-    ONE_LOOP: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, SPREAD: tl.constexpr,
+    ONE_LOOP: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, SPREAD: tl.constexpr, PASS: tl.constexpr,
 ):  # fmt: skip
     """One work item for one kv head, or one of its PARTS blocks of rows. Grid: (items * PARTS * KV_HEADS,).
 
@@ -266,7 +275,7 @@ def attend(
     (strides 0 for one number), 2 per page and kv head.
     items int32 [*, 16]; part_out float32 [slots, KV_HEADS, PARTS * BLOCK_M, VALUE_DIM]; part_lse without the last;
     arrivals int32 [tiles, PARTS, KV_HEADS], zero before and after. flags: bit 0 store lse, bit 1 partial. NEGATIVE:
-    sm_scale is. SPREAD: row sums are kept by key of a tile.
+    sm_scale is. SPREAD: row sums are kept by key of a tile. PASS: rows of a tile that all threads copy at a time.
     LISTS: where in `values` the two lists of visited tiles begin (`triton_blocks.LISTS`), or None.
     """
     kv_head = tl.program_id(0) % KV_HEADS
@@ -359,7 +368,7 @@ def attend(
 
     acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, 32 if V1 == 0 else V1], tl.float32)
-    if BOUNDS is not None and not ONE_LOOP:
+    if BOUNDS is not None and BLOCK_M >= 64:
         acc0 = unknown_zeros(flags, BLOCK_M, V0)
         if V1 > 0:
             acc1 = unknown_zeros(flags, BLOCK_M, V1)
@@ -382,7 +391,7 @@ def attend(
             k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
             VALUE_DIM, D0, D1, V0, V1,
             PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW,
-            False, False, SPREAD,
+            False, False, SPREAD, PASS,
         )  # fmt: skip
     acc0, acc1, top, total = attend_tiles(  # before and after the full tiles
         first, last - (full_end - full_begin), full_begin, full_end - full_begin, known_tile, known_page, acc0,
@@ -390,7 +399,7 @@ def attend(
         first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX,
         KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
         VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE,
-        E4M3_BITS, LATENT, RAW, True, LISTS is not None, SPREAD,
+        E4M3_BITS, LATENT, RAW, True, LISTS is not None, SPREAD, PASS,
     )  # fmt: skip
 
     state = top

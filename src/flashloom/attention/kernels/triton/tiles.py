@@ -32,13 +32,17 @@ def token_pages(tile, kv_hi, pages, page_begin, first_page, PAGE_SIZE: tl.conste
 
 @triton.jit
 def token_offsets(tile, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets within their pages of a tile's tokens, int32 [BLOCK_N]."""
+    """(first, within): a tile's tokens lie at first + within in their pages, int32 [BLOCK_N]. `within` is the same for
+    every tile where it can be, so that a loop need not compute it."""
     start = tile * BLOCK_N
     token = tl.arange(0, BLOCK_N)
+    first = 0
     if PAGE_SIZE == 0:
-        within = start + token
+        first = start
+        within = token
     elif PAGE_SIZE % BLOCK_N == 0:
-        within = start % PAGE_SIZE + token
+        first = start % PAGE_SIZE
+        within = token
     elif BLOCK_N % PAGE_SIZE == 0:
         # said so that what repeats from page to page is one number for the compiler
         within = tl.reshape(
@@ -46,7 +50,26 @@ def token_offsets(tile, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
         )
     else:
         within = (start + token) % PAGE_SIZE
-    return within
+    return first, within
+
+
+@triton.jit
+def tile_places(
+    base, page, page_step, first, within, step, VEC: tl.constexpr, PASS: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(pointer, element offsets int64 [BLOCK_N]) of the rows of a tile of keys or values, strides in vectors of VEC.
+
+    What changes from tile to tile is one number where a tile lies in one page. Rows are said in two parts, those of one
+    PASS of all threads over the tile, and passes: those of a thread then differ by what all threads share, and it
+    keeps one offset instead of one for each pass."""
+    rows = ((within % PASS).to(tl.int64) * step + (within // PASS).to(tl.int64) * (PASS * step)) * VEC
+    where = base
+    if PAGE_SIZE % BLOCK_N == 0:
+        where += (page * page_step + first.to(tl.int64) * step) * VEC
+    else:
+        rows += page * page_step * VEC
+    return where, rows
 
 
 @triton.jit
