@@ -1,5 +1,6 @@
 """Prefill and append attention on Hopper: a persistent kernel of two or three consumer warpgroups, two producer
-warps and a scheduler warp; of 8-bit elements also a warpgroup that transposes the values.
+warps (or, for copies row by row, a warpgroup) and a scheduler warp; of 8-bit elements also a warpgroup that transposes
+the values.
 
 After the work of Shah et al. (FlashAttention-3, 2024): copies by the tensor memory accelerator, products and softmax
 overlapped within and between the consumers.
@@ -110,7 +111,7 @@ def attend(
             )) if part == "tiles"
             else (consumer, (
                 what, part, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, False,
+                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING,
             ))
             for part in (
                 (0, 1, "transposed", "rows", "tiles") if FP8 and BOX == 1

@@ -61,7 +61,6 @@ def run_tiles(
     LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
     MASKED_TILES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
     CONSUMERS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
-    FENCE: gl.constexpr,
 ):  # fmt: skip
     """Steps first to last of a tile; `words` are the packed weights of the step before."""
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
@@ -69,10 +68,10 @@ def run_tiles(
         before = step % STAGES
         step += 1
         stage = step % STAGES
-        await_copy(k_full, stage, (step // STAGES) & 1, FENCE)
+        await_copy(k_full, stage, (step // STAGES) & 1)
         enter(NUMBER)
         s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        await_copy(v_full, before, ((step - 1) // STAGES) & 1, FENCE)
+        await_copy(v_full, before, ((step - 1) // STAGES) & 1)
         acc = warpgroup_mma(unpacked(words, k_smem.dtype, P_LAYOUT), v_smem.index(before), acc, is_async=True)
         leave(NUMBER, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
@@ -142,7 +141,7 @@ def consumer(
     what, NUMBER: gl.constexpr, QUERY: gl.constexpr, LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr,
     MASK: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, VALUE_DIM: gl.constexpr, OUT_MAP: gl.constexpr,
-    REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr, RING: gl.constexpr, FENCE: gl.constexpr,
+    REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """Rows NUMBER * 64 and on of every tile in the ring. flags: bit 0 store lse, bit 1 partial."""
     (
@@ -215,12 +214,12 @@ def consumer(
                 acc, top, total, stage = run_tile(
                     tiles, step, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, q_empty.index(buffer), masked,
                     high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape, LOGITS, CAP, SLOPE, MASK,
-                    RAW, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE, RAISED, TURNS,
+                    RAW, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, RAISED, TURNS,
                 )  # fmt: skip
                 step += tiles - 1
             else:
                 stage = step % STAGES
-                await_copy(k_full, stage, (step // STAGES) & 1, FENCE)
+                await_copy(k_full, stage, (step // STAGES) & 1)
                 enter(NUMBER)
                 s = warpgroup_mma(
                     q, k_smem.index(stage).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, s_layout),
@@ -240,25 +239,25 @@ def consumer(
                 top = new_top
                 words = packed(p, k_smem.dtype)
                 if tile * BLOCK_N + BLOCK_N > kv_len:
-                    await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
+                    await_copy(v_full, stage, (step // STAGES) & 1)
                     clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, WIDTH, BLOCK_N)
                 acc = warpgroup_mma_init(gl.zeros([64, WIDTH], gl.float32, o_layout))
                 if MASK is not None:
                     step, acc, words, top, total = run_tiles(
                         1, masked, step, acc, words, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
                         masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape, LOGITS, CAP,
-                        SLOPE, MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout, FENCE,
+                        SLOPE, MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout,
                     )  # fmt: skip
                 step, acc, words, top, total = run_tiles(
                     gl.maximum(masked, 1), tiles, step, acc, words, top, total, q, k_smem, v_smem, k_full, k_empty,
                     v_full, v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape,
                     LOGITS, CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout,
-                    p_layout, FENCE,
+                    p_layout,
                 )  # fmt: skip
                 if not REUSE_Q:
                     mbarrier.arrive(q_empty.index(buffer), count=1)
                 stage = step % STAGES
-                await_copy(v_full, stage, (step // STAGES) & 1, FENCE)
+                await_copy(v_full, stage, (step // STAGES) & 1)
                 acc = warpgroup_mma(unpacked(words, k_smem.dtype, p_layout), v_smem.index(stage), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
             if OUT_MAP and not REUSE_Q:

@@ -21,7 +21,7 @@ def run_steps(
     LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
     MASKED_TILES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
     CONSUMERS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
-    FENCE: gl.constexpr, RAISED: gl.constexpr, TURNS: gl.constexpr,
+    RAISED: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """From the logits `s` of tile first - 1 to those of tile last - 1. `before` is the largest logit of a row in the
     tiles before, top that with this tile's, base what is subtracted (all three in units of log2)."""
@@ -35,7 +35,7 @@ def run_steps(
         p = as_operand(p, P_LAYOUT)
         step += 1
         following = step % STAGES
-        await_copy(k_full, following, (step // STAGES) & 1, FENCE)
+        await_copy(k_full, following, (step // STAGES) & 1)
         mbarrier.wait(v_full.index(stage), phase)
         if TURNS:
             enter(NUMBER)
@@ -63,13 +63,13 @@ def run_tile(
     q_head, q_pos, sm_scale, at, values, shape,
     LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr, CONSUMERS: gl.constexpr, S_LAYOUT: gl.constexpr,
-    O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, FENCE: gl.constexpr, RAISED: gl.constexpr, TURNS: gl.constexpr,
+    O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr, RAISED: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """All steps of a tile of queries: (weighted sum of the values, its columns as those of transposed values, top,
     total, the last stage, whose values are yet to be released)."""
     WIDTH: gl.constexpr = v_smem.shape[1]
     stage = step % STAGES
-    await_copy(k_full, stage, (step // STAGES) & 1, FENCE)
+    await_copy(k_full, stage, (step // STAGES) & 1)
     if TURNS:
         enter(NUMBER)
     s = warpgroup_mma(
@@ -93,12 +93,12 @@ def run_tile(
         step, s, before, top, base, total, acc = run_steps(
             1, masked, step, s, before, top, base, total, acc, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
             masked, high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape, LOGITS, CAP, SLOPE,
-            MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, S_LAYOUT, O_LAYOUT, P_LAYOUT, FENCE, RAISED, TURNS,
+            MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, S_LAYOUT, O_LAYOUT, P_LAYOUT, RAISED, TURNS,
         )  # fmt: skip
     step, s, before, top, base, total, acc = run_steps(
         gl.maximum(masked, 1), tiles, step, s, before, top, base, total, acc, q, k_smem, v_smem, k_full, k_empty,
         v_full, v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, sm_scale, at, values, shape, LOGITS,
-        CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, S_LAYOUT, O_LAYOUT, P_LAYOUT, FENCE, RAISED,
+        CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, S_LAYOUT, O_LAYOUT, P_LAYOUT, RAISED,
         TURNS,
     )  # fmt: skip
     mbarrier.arrive(q_empty, count=1)

@@ -1,7 +1,7 @@
 """What a step of the Hopper kernel's consumers consists of: turns at the tensor cores, and the online softmax."""
 
 from flashloom.attention.kernels.hopper.cap import LIMIT, capped
-from flashloom.attention.kernels.hopper.gluon import constexpr_function, fence_async_shared, gl, jit, mbarrier
+from flashloom.attention.kernels.hopper.gluon import constexpr_function, gl, jit, mbarrier
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -56,11 +56,9 @@ def keep_turns(
 
 
 @jit
-def await_copy(full, stage, phase, FENCE: gl.constexpr):
-    """Wait until a stage is full. Copies that threads made themselves must become visible to the tensor cores."""
+def await_copy(full, stage, phase):
+    """Wait until a stage is full."""
     mbarrier.wait(full.index(stage), phase)
-    if FENCE:
-        fence_async_shared()
 
 
 @jit
