@@ -23,7 +23,7 @@ from tests.triton.cases import (
 
 import flashloom as fl
 from flashloom import dispatch
-from flashloom.attention.kernels.hopper import consume, load, rows, transpose
+from flashloom.attention.kernels.hopper import consume, load, rows, schedule, transpose
 from flashloom.attention.reference import attention_reference
 
 G = H(4, 1, 128)
@@ -138,6 +138,15 @@ def test_out_of_another_dtype(dtype):
     plan.run(q, (k, v), out=out)
     want, _ = attention_reference(q, k, v, batch, fl.causal)
     assert float((out.double() - want).norm() / want.norm()) < 8e-3
+
+
+@pytest.mark.parametrize("last", [0, 2])
+@pytest.mark.parametrize("heads", [1, 8, 12])
+def test_every_tile_has_one_place(heads, last):
+    for items in (1, 2, 7, 30):
+        for together in (1, 3, 4, heads):
+            places = [schedule.place(tile, items * heads, together, heads, last) for tile in range(items * heads)]
+            assert sorted((int(i), int(h)) for i, h in places) == [(i, h) for i in range(items) for h in range(heads)]
 
 
 def test_counters_are_left_at_zero():

@@ -53,6 +53,8 @@ def steep(case, device):
 CASES = [
     Case([1, 2, 3, 129, 127, 64, 65, 5], [1, 2, 3, 129, 127, 64, 65, 5], G, BF16, kind="ragged", variant=causal),
     Case([500, 7, 0, 260], [100, 900, 0, 260], G, F16, kind="ragged", variant=causal),
+    Case([400, 700, 150], [400, 30000, 20000], H(12, 12, 128), BF16, kind="ragged", variant=causal),  # heads in turns
+    Case([600], [20000], H(12, 3, 128), F16, kind="ragged"),
     Case([1500, 700], [1500, 2300], H(16, 16, 128), BF16, kind="dense", variant=causal),
     Case([300, 40, 700], [1300, 2040, 701], G, F16, page_size=8, variant=causal),
     Case([300, 1000], [300, 1500], G, BF16, page_size=48, layout="HND", variant=gemma),

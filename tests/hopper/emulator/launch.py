@@ -45,6 +45,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     patch(step, "capped", lambda z: Block(torch.tanh(z.x * (LIMIT / 2))))  # assembly, in the kernel, as the next two
     patch(consume, "packed", lambda p, kind: Block(p.x.to(kind.torch)))
     patch(consume, "unpacked", lambda words, kind, layout: words)
+    patch(consume, "done", lambda x: x)
     patch(transpose, "four_bytes", lambda x: Block(x.x.clamp(-448, 448).to(torch.float8_e4m3fn)))
     patch(transpose, "regroup", regroup)
     patch(gluon, "TensorMaps", Maps)

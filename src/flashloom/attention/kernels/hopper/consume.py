@@ -40,6 +40,7 @@ from flashloom.attention.kernels.hopper.schedule import (
 from flashloom.attention.kernels.hopper.step import (
     LN2,
     await_copy,
+    done,
     enter,
     keep_turns,
     leave,
@@ -64,6 +65,8 @@ def run_tiles(
 ):  # fmt: skip
     """Steps first to last of a tile; `words` are the packed weights of the step before."""
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    # the values' products go on under the weights where registers suffice for both; elsewhere that was slower
+    LATE: gl.constexpr = RAW and CAP is None and SLOPE is None and q.shape[1] == 128 and v_smem.shape[2] == 128
     for i in range(first, last):
         before = step % STAGES
         step += 1
@@ -84,6 +87,8 @@ def run_tiles(
         scale = scale_of(sm_scale, shape, CAP, SLOPE, RAW)
         p, rescale, total = weights(s, scale, top, base, total, 0)
         top = new_top
+        if LATE:
+            total = done(total)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = warpgroup_mma_init(

@@ -3,9 +3,9 @@
 A tile is an item of the plan (`kernels/triton/plan.py` writes them: a block of packed query rows of one request) for
 one group of heads. Tiles come from counters in memory, so a program that is done early takes the next. There are two
 kinds: items of few rows wait for memory, the others keep the tensor cores busy. In a batch of both, half of the
-programs begin with one kind and half with the other, so that they overlap, and tiles that run at a time share keys in
-the L2 cache. Each kind comes in the plan's order, longest first. The scheduler also asks the variant which key tiles
-matter. Its answer goes through a small ring in shared memory, ahead of the warps that read it.
+programs begin with one kind and half with the other, so that they overlap. Each kind comes in the plan's order, longest
+first, some heads at a time where the keys of all of them would not stay in the L2 cache. The scheduler also asks the
+variant which key tiles matter. Its answer goes through a small ring in shared memory, ahead of the warps that read it.
 """
 
 from flashloom.attention.kernels.hopper.gluon import gl, jit, mbarrier
@@ -102,15 +102,36 @@ def take(counter, kind, both, programs, light, heavy, HEADS: gl.constexpr):
 
 
 @jit
+def place(tile, count, together, HEADS: gl.constexpr, LAST: gl.constexpr):
+    """(item, group of heads) of a tile. `together` groups of heads walk through the items before the next ones do; but
+    the last one in LAST of the items, short ones where tiles differ, come at the end, for all heads: they fill up."""
+    first = count // HEADS
+    if LAST > 0:
+        first -= first // LAST
+    rounds = gl.maximum(first * together, 1)
+    begin = tile // rounds * together
+    wide = gl.maximum(gl.minimum(together, HEADS - begin), 1)
+    within = tile % rounds
+    rest = tile - first * HEADS
+    item = gl.where(rest < 0, within // wide, first + rest // HEADS)
+    return item, gl.where(rest < 0, begin + within % wide, rest % HEADS)
+
+
+@jit
 def scheduler(
     items, counter, ring, ring_full, ring_empty, ragged, values,
     BOUNDS: gl.constexpr, WHOLE: gl.constexpr, SCAN: gl.constexpr, HEADS: gl.constexpr, PACK: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr,
+    CACHED: gl.constexpr,
 ):  # fmt: skip
     """Take tiles until there are none: all groups of heads of an item, then the next item. counter int32 [3], zero
-    before and after: tiles taken of many and of few rows, programs done."""
+    before and after: tiles taken of many and of few rows, programs done. CACHED: so many keys and values of one head
+    are meant to stay in the L2 cache."""
     light = gl.load(items + 15)
     heavy = gl.load(items + 14) - light
+    LAST: gl.constexpr = 0 if BOUNDS is None else 2
+    longest = gl.maximum(gl.load(items + light.to(gl.int64) * WORDS + 3, mask=heavy > 0, other=0), 1)
+    together = gl.minimum(gl.maximum(CACHED // longest, 1) * (GROUP // PACK), HEADS)
     programs = gl.num_programs(0)
     both = (light > 0) & (heavy > 0)
     few = gl.where(both, gl.program_id(0) % 2, (light > 0).to(gl.int32))  # 1: begin with items of few rows
@@ -122,8 +143,12 @@ def scheduler(
         kind = 1 - few
         tile, count = take(counter, kind, both, programs, light, heavy, HEADS)
     while tile < count:
-        head = tile % HEADS
-        item = items + (tile // HEADS + gl.where(kind > 0, 0, light)).to(gl.int64) * WORDS
+        if kind > 0:  # nobody shares their keys
+            index, head = place(tile, count, HEADS, HEADS, 0)
+        else:
+            index, head = place(tile, count, together, HEADS, LAST)
+            index += light
+        item = items + index.to(gl.int64) * WORDS
         batch = gl.load(item)
         q_start = gl.load(item + 1)
         q_len = gl.load(item + 2)
