@@ -67,8 +67,8 @@ KERNELS = [
     Kernel("keys wider than values, sink", H(8, 8, 192, 128), fl.causal & fl.sink(torch.zeros(8))),
     Kernel("ALiBi into float32", H(16, 16, 128), fl.causal & fl.alibi(16), out=torch.float32, stack=128),
     Kernel("soft cap", H(32, 8, 128), fl.causal & fl.softcap(30.0), stack=16),
-    Kernel("pages of 1", H(32, 8, 128), fl.causal, page_size=1, stack=32),
-    Kernel("pages of 3, documents", H(32, 8, 128), fl.causal & DOCUMENTS, page_size=3, stack=160),
+    Kernel("pages of 1", H(32, 8, 128), fl.causal, page_size=1, stack=40),
+    Kernel("pages of 3, documents", H(32, 8, 128), fl.causal & DOCUMENTS, page_size=3, stack=168),
     Kernel(
         "packed heads, query transform",
         H(32, 8, 128),
