@@ -54,9 +54,9 @@ class Settings:
     """True: nothing is compiled, a missing kernel is a SealedError (``flashloom.seal()`` does the same later)."""
     check: bool = False
     """True: the contents of device tensors (lengths, page indices, scales) are validated too, which waits for the
-    device. Without it, GPU kernels still read no page table beyond a request's own entries: a length counts no further
-    than those (or the row of dense keys) reach, the results of such a request mean nothing, and negative lengths are
-    reported by a later call. Page numbers, and lengths of ragged keys, are taken as they are.
+    device. Without it, a length that is negative or more than a request's own entries of the page table (or its row of
+    dense keys) hold is not followed: nothing of that batch is computed, and a later call reports it. Page numbers, and
+    lengths of ragged keys, are taken as they are.
     """
     log: str = "warning"
     """Log level, followed by ``:path`` to write to a file instead of stderr. error: nothing but errors; warning: also

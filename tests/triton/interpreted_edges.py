@@ -1,6 +1,8 @@
 """Batches at the edges of what a plan holds, in Triton's interpreter with every address checked; `test_interpreted.py`
 runs this file with TRITON_INTERPRET=1."""
 
+import itertools
+
 import pytest
 import torch
 import triton.language as tl
@@ -140,50 +142,57 @@ def _items(plan):
 @pytest.mark.parametrize("page_size", [16, 7])
 @pytest.mark.parametrize("wrong", [(10_000, 3), (9, 2**31 - 1)])
 @pytest.mark.parametrize("q_lens", [[1, 1], [2, 40]], ids=str)
-def test_lengths_beyond_their_rows_of_the_table_read_no_further(q_lens, wrong, page_size):
+def test_lengths_beyond_their_rows_of_the_table_are_reported(q_lens, wrong, page_size):
     """As a device tensor may hold them, where nobody looks before the planner does."""
     table = torch.arange(6, dtype=torch.int32).flip(0).view(2, 3)
     batch = fl.Batch(q_lens, kv=fl.PageTable.from_block_table(table, [9, 3], page_size=page_size))
     attn = fl.Attention(H(4, 2, 16), variant=fl.causal, dtype=F32, device="cpu")
-    plan = attn.plan(batch, reserve=fl.Reserve(requests=3, tokens=50, pages=12))
+    plan = attn.plan(batch, reserve=fl.Reserve(requests=3, tokens=50, pages=2000))
     batch.kv_lens[:] = torch.tensor(wrong, dtype=torch.int64)
     plan._executor.update(batch)
-    held = torch.tensor(wrong).clamp(max=3 * page_size)
-    items, pages = _items(plan), plan._executor._buffers.views["pages"]
-    for b, n in enumerate(held.tolist()):
-        mine = items[items[:, 0] == b]
-        used = -(-n // page_size)
-        assert mine[:, 3].tolist() == [n] * len(mine)
-        assert int(mine[:, 7].max()) <= n
-        first = int(mine[0, 8])
-        assert pages[first : first + used].tolist() == table[b, :used].tolist()
-    k, v = torch.randn(2, 6, page_size, 2, 16)
-    q = torch.randn(sum(q_lens), 4, 16)
-    kept = fl.Batch(q_lens, kv=fl.PageTable.from_block_table(table, held, page_size=page_size))
-    want, _ = attention_reference(q, k, v, kept, fl.causal)
+    assert not len(_items(plan))
+    request = wrong.index(max(wrong))
+    q, (k, v) = torch.randn(sum(q_lens), 4, 16), torch.randn(2, 6, page_size, 2, 16)
+    with pytest.raises(ValueError, match=f"request {request} has {wrong[request]} keys"):
+        plan.run(q, (k, v))
+    batch.kv_lens[:] = 3 * page_size  # all that a row holds
+    plan.update(batch)
+    want, _ = attention_reference(q, k, v, batch, fl.causal)
     torch.testing.assert_close(plan.run(q, (k, v)).double(), want, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("kv_len", [4, 4000])
 @pytest.mark.parametrize("indptr", [[0, 3, 900], [5, 900, 7], [-40, 900, -3], [900, -900, 5]], ids=str)
-def test_offsets_outside_of_the_table_read_nothing_there(indptr):
+def test_offsets_outside_of_the_table_read_nothing_there(indptr, kv_len):
     kv = fl.PageTable.from_csr([0, 2, 5], [4, 3, 2, 1, 0], [4, 4], page_size=4)
     batch = fl.Batch.decode(kv)
-    plan = fl.Attention(H(2, 2, 16), dtype=F32, device="cpu").plan(batch, reserve=fl.Reserve(pages=20))
+    plan = fl.Attention(H(2, 2, 16), dtype=F32, device="cpu").plan(batch, reserve=fl.Reserve(pages=2001))
     batch.page_indptr[:] = torch.tensor(indptr)
-    batch.kv_lens[:] = 4000
+    batch.kv_lens[:] = kv_len
     plan._executor.update(batch)
+    held = [max(min(b, 5), 0) - max(min(a, 5), 0) for a, b in itertools.pairwise(indptr)]
     k, v = torch.randn(2, 5, 4, 2, 16)
-    assert plan.run(torch.randn(2, 2, 16), (k, v)).isfinite().all()
+    if min(held) * 4 >= kv_len:
+        assert plan.run(torch.randn(2, 2, 16), (k, v)).isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=f"has {kv_len} keys"):
+            plan.run(torch.randn(2, 2, 16), (k, v))
 
 
 @pytest.mark.parametrize("kv", [fl.DenseKV(2, 20, [20, 3]), fl.RaggedKV([20, 3])], ids=str)
 def test_lengths_beyond_dense_rows(kv):
+    """Of ragged keys the planner does not know how many there will be."""
     batch = fl.Batch([1, 1], kv=kv)
     plan = fl.Attention(H(2, 2, 16), dtype=F32, device="cpu").plan(batch)
-    batch.kv_lens[:] = torch.tensor([2**31 - 1, 21])
-    plan.update(batch)
-    most = (1 << 30, 21) if kv.ragged else (20, 20)  # the planner does not know how many rows the keys will have
-    assert {(int(x[0]), int(x[3])) for x in _items(plan)} == {(0, most[0]), (1, most[1])}
+    for lens, request in (([7, 2**31 - 1], 1), ([21, 3], None if kv.ragged else 0)):
+        batch.kv_lens[:] = torch.tensor(lens)
+        plan._executor.update(batch)
+        if request is None:
+            assert {(int(x[0]), int(x[3])) for x in _items(plan)} == {(0, 21), (1, 3)}
+        else:
+            assert not len(_items(plan))
+            with pytest.raises(ValueError, match=f"request {request} has {lens[request]} keys"):
+                plan.update(batch)
 
 
 @pytest.mark.parametrize("lens", [[-100_000, 60], [5, -1], [-(2**31), -(2**31)]], ids=str)

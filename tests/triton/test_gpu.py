@@ -143,14 +143,14 @@ def test_cache_beyond_two_to_the_31_elements():
     assert float((out.double() - want).norm() / want.norm()) < 8e-3
 
 
-def test_a_device_batch_beyond_the_reserve_is_reported_by_the_next_call():
+def test_device_lengths_beyond_their_pages_are_reported_by_the_next_call():
     plan, q, cache, kv = _decode([64, 64, 64], device="cuda", reserve=fl.Reserve(requests=3, tokens=3, pages=12))
     out = plan.run(q, (cache[0], cache[1]))
     assert not out.isnan().any()
     kv.kv_lens.fill_(100)
     plan.update(fl.Batch.decode(kv))
     torch.cuda.synchronize()
-    with pytest.raises(ValueError, match="Reserve"):
+    with pytest.raises(ValueError, match="request 0 has 100 keys"):
         plan.run(q, (cache[0], cache[1]))
     kv.kv_lens.fill_(64)
     plan.update(fl.Batch.decode(kv))

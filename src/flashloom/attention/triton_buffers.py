@@ -96,6 +96,11 @@ class Buffers:
         self.error.zero_()
         if code == 1:
             raise ValueError(f"the last batch had a negative length (request {request}): its results were not computed")
+        if code == 5:
+            raise ValueError(
+                f"in the last batch request {request} has {number} keys, more than its pages or its row of dense keys "
+                "hold: its results were not computed"
+            )
         name = {2: "tokens", 3: "pages"}.get(code)
         if name is None:
             raise ValueError(

@@ -8,6 +8,7 @@ copy that is said when the following one is under way, so that nobody waits for 
 """
 
 from flashloom.attention.kernels.hopper.gluon import (
+    barrier,
     constexpr_function,
     copy_rows,
     copy_rows_commit,
@@ -82,6 +83,7 @@ def announce(full, LEFT: gl.constexpr):
     """Say that a stage is full, when all copies but the LEFT last ones are done."""
     copy_rows_wait(LEFT)
     fence_async_shared()
+    barrier()  # one thread arrives for all
     mbarrier.arrive(full, count=1)
 
 
@@ -126,8 +128,9 @@ def row_producer(
             kv_head = head // GROUP
             first_k = k_rows + kv_head * k_strides[2] * (128 // BITS)
             first_v = v_rows + kv_head * v_strides[2] * (128 // BITS)
-            v_page = page
-            v_within = within
+            # numbers of their own: Triton carries no name through a loop that begins as another name of one it carries
+            v_page = gl.zeros([BLOCK_N], gl.int32, K_LAYOUT)
+            v_within = gl.zeros([BLOCK_N], gl.int32, K_LAYOUT)
             for i in range(tiles + 1):  # the keys of this tile, the values of the one before
                 following = key_tile(gl.minimum(i + 1, tiles - 1), masked, high, end, full_begin, full_end)
                 position = gl.minimum(following * BLOCK_N + own, last)

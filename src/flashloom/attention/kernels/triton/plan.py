@@ -30,20 +30,18 @@ def table_entry(request, ok, page_indptr, entries):
 
 @triton.jit
 def keys_held(request, ok, kv_lens, page_indptr, page_size, entries, room):
-    """Keys of requests [BLOCK], or of one; zeros where not ok.
-
-    A length counts no further than the request's pages reach, whatever it says, so that nothing beyond them is read.
-    room: how many keys those hold, where that is the same for all requests; -1 where page_indptr says it.
+    """Keys of requests [BLOCK], or of one; zeros where not ok, -1 for a length that cannot be: a negative one, or one
+    that the request's pages do not hold. room: how many keys those hold, where that is the same for all requests; -1
+    where page_indptr says it.
     """
     kv_len = tl.load(kv_lens + request, mask=ok, other=0)
     if room < 0:
         begin = table_entry(request, ok, page_indptr, entries)
         end = table_entry(request + 1, ok, page_indptr, entries)
         held = tl.minimum(tl.maximum(end - begin, 0).to(tl.int64) * page_size, MOST).to(tl.int32)
-        kv_len = tl.minimum(kv_len, held)
     else:
-        kv_len = tl.minimum(kv_len, room)
-    return tl.maximum(kv_len, -1)  # any negative length is -1
+        held = room
+    return tl.where((kv_len < 0) | (kv_len > held), -1, kv_len)
 
 
 @triton.jit
@@ -112,7 +110,7 @@ def plan(
 
     lens = (q_indptr, kv_lens, page_indptr, page_size, entries, room)
     work = tl.zeros([BLOCK], tl.int64)
-    wrong = requests  # the first request with a negative length
+    wrong = requests  # the first request with a length that cannot be
     used = tl.zeros([BLOCK], tl.int64)
     for start in range(0, requests, BLOCK):
         request = start + lane
@@ -191,8 +189,9 @@ def plan(
             number = tl.sum(used, 0).to(tl.int32)
             bound = max_pages
     if wrong < requests:
-        code = 1
-        number = 0
+        number = tl.load(kv_lens + wrong)
+        begin = tl.load(q_indptr + wrong)
+        code = tl.where((number > 0) & (begin >= 0) & (tl.load(q_indptr + wrong + 1) >= begin), 5, 1)
     if code > 0:
         item_end = 0
         if program == 0:
