@@ -40,7 +40,7 @@ def keys_held(request, ok, kv_lens, page_indptr, page_size, entries, room):
         end = table_entry(request + 1, ok, page_indptr, entries)
         held = tl.minimum(tl.maximum(end - begin, 0).to(tl.int64) * page_size, MOST).to(tl.int32)
     else:
-        held = room
+        held = kv_len * 0 + room
     return tl.where((kv_len < 0) | (kv_len > held), -1, kv_len)
 
 
