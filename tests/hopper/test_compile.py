@@ -62,7 +62,7 @@ KERNELS = [
     Kernel("causal", H(32, 8, 128), fl.causal),
     Kernel("full, float16, pages of 16", H(32, 8, 128), fl.full, F16, page_size=16, stack=NEWER * 8),
     Kernel("narrow, window, soft cap", H(8, 8, 64), fl.causal & fl.sliding_window(255) & fl.softcap(30.0)),
-    Kernel("narrow, three consumers", H(8, 8, 64), fl.causal & fl.sliding_window(255), stack=64),
+    Kernel("narrow, three consumers", H(8, 8, 64), fl.causal & fl.sliding_window(255), mean_q_len=4096, stack=64),
     Kernel("wide", H(8, 8, 256), fl.causal, stack=16),
     Kernel("keys wider than values, sink", H(8, 8, 192, 128), fl.causal & fl.sink(torch.zeros(8))),
     Kernel("ALiBi into float32", H(16, 16, 128), fl.causal & fl.alibi(16), out=torch.float32, stack=128),
@@ -79,6 +79,18 @@ KERNELS = [
     Kernel("8 bits, causal", H(32, 8, 128), fl.causal, E4M3, stack=48),  # 32 with Triton 3.6, 48 with 3.7
     Kernel("8 bits, narrow, pages of 16", H(8, 8, 64), fl.full, E4M3, page_size=16, stack=64),
 ]
+
+
+def test_narrow_heads_have_a_third_consumer_where_it_pays():
+    def consumers(variant, mean_q_len, invariant=False):
+        heads = H(8, 8, 64)
+        spec = AttentionSpec(heads, variant.program.specialise(64, 64), BF16, BF16, batch_invariant=invariant)
+        return asked.choose(spec, mean_q_len, 0).consumers
+
+    assert [consumers(fl.full, n) for n in (16, 4096)] == [3, 3]
+    assert [consumers(fl.causal, n) for n in (16, 1024, 4096)] == [2, 2, 3]
+    assert consumers(fl.causal, 4096, invariant=True) == 2
+    assert consumers(fl.causal & DOCUMENTS, 4096) == consumers(fl.softcap(30.0), 4096) == 2
 
 
 def test_kernels_of_a_plan():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Form", "attend_kernel", "boxes", "choose", "plan_kernel", "suits", "unsuitable"]
 
+LONG = 2048  # query rows of a request
 SPECIAL = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "sin", "cos", "div"}
 
 
@@ -87,7 +88,10 @@ def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     narrow = spec.q_dtype.itemsize == 1  # then no logits transform has registers for a large tile
     special = logits is not None and any(node.op in SPECIAL for node in topological(logits))
     heavy = logits is not None and (narrow or (special and (page_size > 0 or not _capped(spec))))
-    spare = logits is None and (mask is None or all(node.op != "load" for node in topological(mask)))
+    spare = logits is None
+    if mask is not None:  # of short rows under a mask, tiles of three consumers would compute a third in vain
+        spare = spare and mean_q_len >= LONG and not spec.batch_invariant
+        spare = spare and all(node.op != "load" for node in topological(mask))
     return sizes.choose(
         heads.dim, heads.value_dim, heads.group, mean_q_len, page_size, spec.batch_invariant, heavy, spare,
         spec.q_dtype.itemsize,
