@@ -198,7 +198,7 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.x.permute(order), self.dtype)
 
-    def _reinterpret(self, dtype: Type, shape: Sequence[int], _layout: Any) -> Shared:
+    def reinterpret(self, dtype: Type, shape: Sequence[int], _layout: Any) -> Shared:
         return Shared(self.x.view(dtype.torch).view(*shape), dtype)
 
     def load(self, _layout: Any) -> Block:
@@ -214,6 +214,9 @@ class Shared:
     def spoil(self) -> None:
         """Nobody may read it before what is under way has come."""
         self.x.view(torch.uint8).fill_(0x7F) if self.x.itemsize == 1 else self.x.fill_(float("nan"))
+
+
+reinterpret = Shared.reinterpret
 
 
 class Barriers:

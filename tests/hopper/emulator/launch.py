@@ -28,7 +28,7 @@ PROCESSORS = 3
 _stand_in = ModuleType("flashloom.attention.kernels.hopper.gluon")
 for _name in (
     "barrier", "constexpr_function", "copy_rows", "copy_rows_commit", "copy_rows_wait", "fence_async_shared", "gl",
-    "jit", "mbarrier", "tma_load", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_init",
+    "jit", "mbarrier", "reinterpret", "tma_load", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_init",
     "warpgroup_mma_wait",
 ):  # fmt: skip
     setattr(_stand_in, _name, getattr(language, _name))

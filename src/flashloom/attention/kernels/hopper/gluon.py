@@ -24,6 +24,7 @@ __all__ = [
     "gl",
     "jit",
     "mbarrier",
+    "reinterpret",
     "tma_load",
     "tma_store",
     "tma_store_wait",
@@ -40,3 +41,5 @@ copy_rows = _async_copy.async_load if hasattr(_async_copy, "async_load") else _a
 copy_rows_commit = _async_copy.commit_group
 copy_rows_wait = _async_copy.wait_group
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_memory = gl.shared_memory_descriptor
+reinterpret = _memory.reinterpret if hasattr(_memory, "reinterpret") else _memory._reinterpret

@@ -17,6 +17,7 @@ from flashloom.attention.kernels.hopper.gluon import (
     gl,
     jit,
     mbarrier,
+    reinterpret,
 )
 from flashloom.attention.kernels.hopper.schedule import (
     END,
@@ -106,7 +107,7 @@ def regroup(x):
 def as_pairs(x):
     """A tile in shared memory of 8-bit elements, as one of 16-bit numbers."""
     WIDTH: gl.constexpr = x.shape[1]
-    return x._reinterpret(gl.int16, [x.shape[0], WIDTH // 2], gl.NVMMASharedLayout(WIDTH, 16, rank=2))
+    return reinterpret(x, gl.int16, [x.shape[0], WIDTH // 2], gl.NVMMASharedLayout(WIDTH, 16, rank=2))
 
 
 @jit
@@ -114,8 +115,8 @@ def clear_pairs(values, end):
     """Zero the rows of a tile of 8-bit values from `end` on: as `clear_rows`, with a loop that takes few registers."""
     PAIRS: gl.constexpr = values.shape[1] // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // PAIRS, PAIRS // 8], [4, 1], [1, 0])
-    parts = values._reinterpret(
-        gl.int16, [values.shape[0] // 16, 16, PAIRS], gl.NVMMASharedLayout(2 * PAIRS, 16, rank=2)
+    parts = reinterpret(
+        values, gl.int16, [values.shape[0] // 16, 16, PAIRS], gl.NVMMASharedLayout(2 * PAIRS, 16, rank=2)
     )  # fmt: skip
     for i in range(end // 16, values.shape[0] // 16):
         part = parts.index(i)
