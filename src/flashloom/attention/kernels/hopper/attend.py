@@ -107,7 +107,7 @@ def attend(
             )) if part == "transposed"
             else (scheduler, (
                 items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK, GROUP,
-                64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING, (16 << 20) // ((DIM + WIDTH) * BITS // 8),
+                64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING, (DIM + WIDTH) * BITS // 8,
             )) if part == "tiles"
             else (consumer, (
                 what, part, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,

@@ -3,9 +3,9 @@
 A step turns the logits of one tile of keys into weights, multiplies the queries with the next tile of keys and the
 weights with the values of this one, and looks for the largest logits of the next tile meanwhile. (The other way round,
 as for 16-bit elements, weights would wait from one step to the next, and bytes that wait are taken apart.) The tensor
-cores keep few bits of a sum of such products (14 of its mantissa, as far as is
-known), so each tile's product with the values is added to the sum in float32. Weights are at most 1 and are multiplied
-by 2^RAISED: down to 2^-14 they are rounded to four bits, and to less below.
+cores keep few bits of a sum of such products (14 of its mantissa, as far as is known), so each tile's product with the
+values is added to the sum in float32. Weights are at most 1 and are multiplied by 2^RAISED: down to 2^-14 they are
+rounded to four bits, and to less below.
 """
 
 from flashloom.attention.kernels.hopper.gluon import gl, jit, mbarrier, warpgroup_mma, warpgroup_mma_wait

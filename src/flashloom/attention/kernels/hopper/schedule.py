@@ -27,6 +27,7 @@ HIGH = gl.constexpr(12)  # so many of the masked ones lie above the others
 END = gl.constexpr(13)  # one past the last key tile
 FULL_BEGIN = gl.constexpr(14)  # the key tiles that need no mask
 FULL_END = gl.constexpr(15)
+CACHED = gl.constexpr(16 << 20)  # bytes of keys and values that are meant to stay in the L2 cache
 
 
 @jit
@@ -122,16 +123,17 @@ def scheduler(
     items, counter, ring, ring_full, ring_empty, ragged, values,
     BOUNDS: gl.constexpr, WHOLE: gl.constexpr, SCAN: gl.constexpr, HEADS: gl.constexpr, PACK: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr,
-    CACHED: gl.constexpr,
+    KEY_BYTES: gl.constexpr,
 ):  # fmt: skip
-    """Take tiles until there are none: all groups of heads of an item, then the next item. counter int32 [3], zero
-    before and after: tiles taken of many and of few rows, programs done. CACHED: so many keys and values of one head
-    are meant to stay in the L2 cache."""
+    """Take tiles until there are none, those of many rows in the order of `place`, of few rows all groups of heads of
+    an item, then the next item. counter int32 [3], zero before and after: tiles taken of many and of few rows, programs
+    done. KEY_BYTES: of a key and a value."""
     light = gl.load(items + 15)
     heavy = gl.load(items + 14) - light
     LAST: gl.constexpr = 0 if BOUNDS is None else 2
+    FIT: gl.constexpr = CACHED // KEY_BYTES
     longest = gl.maximum(gl.load(items + light.to(gl.int64) * WORDS + 3, mask=heavy > 0, other=0), 1)
-    together = gl.minimum(gl.maximum(CACHED // longest, 1) * (GROUP // PACK), HEADS)
+    together = gl.minimum(gl.maximum(FIT // longest, 1) * (GROUP // PACK), HEADS)
     programs = gl.num_programs(0)
     both = (light > 0) & (heavy > 0)
     few = gl.where(both, gl.program_id(0) % 2, (light > 0).to(gl.int32))  # 1: begin with items of few rows
