@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.hopper.listing import in_memory, innermost_loops
 
 import flashloom as fl
 from flashloom import dispatch
@@ -37,17 +38,22 @@ class Kernel:
     mean_q_len: int = 1024
     out: torch.dtype | None = None
     stack: int = 0  # bytes that may be kept there: numbers of the whole kernel, read again once per tile
+    masked: int = 0  # how often a loop that asks the mask may read or write there, for each of its key tiles
 
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def loops(self) -> int:
+        """Over key tiles, of each consumer: where the mask is asked, and where it need not be."""
+        return 1 if self.variant.program.mask is None else 2
+
     def products(self, chosen: config.Config) -> int:
         dim, value_dim = config.width(self.heads.dim), config.width(self.heads.value_dim)
-        loops = 1 if self.variant.program.mask is None else 2
         if self.dtype == E4M3:
-            return chosen.consumers * (1 + loops) * (dim // 32 + chosen.block_n // 32)
+            return chosen.consumers * (1 + self.loops) * (dim // 32 + chosen.block_n // 32)
         keys, values = dim // 16, chosen.block_n // 16
-        return chosen.consumers * ((1 + loops) * (keys + values)) * max(1, value_dim // 256)
+        return chosen.consumers * ((1 + self.loops) * (keys + values)) * max(1, value_dim // 256)
 
 
 class Warm(fl.Variant):
@@ -66,9 +72,9 @@ KERNELS = [
     Kernel("wide", H(8, 8, 256), fl.causal, stack=16),
     Kernel("keys wider than values, sink", H(8, 8, 192, 128), fl.causal & fl.sink(torch.zeros(8))),
     Kernel("ALiBi into float32", H(16, 16, 128), fl.causal & fl.alibi(16), out=torch.float32, stack=128),
-    Kernel("soft cap", H(32, 8, 128), fl.causal & fl.softcap(30.0), stack=16),
+    Kernel("soft cap", H(32, 8, 128), fl.causal & fl.softcap(30.0), stack=16, masked=2 * (not NEWER)),
     Kernel("pages of 1", H(32, 8, 128), fl.causal, page_size=1, stack=40),
-    Kernel("pages of 3, documents", H(32, 8, 128), fl.causal & DOCUMENTS, page_size=3, stack=168),
+    Kernel("pages of 3, documents", H(32, 8, 128), fl.causal & DOCUMENTS, page_size=3, stack=168, masked=6 + 3 * NEWER),
     Kernel(
         "packed heads, query transform",
         H(32, 8, 128),
@@ -139,6 +145,11 @@ def test_binary(kernel, tmp_path):
     sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     assert bool(re.search(r"\b(LDL|STL)\b", sass)) <= bool(kernel.stack)
     assert len(re.findall(rf"\b{'Q' if byte else 'H'}GMMA\b", sass)) == kernel.products(chosen)
+    loops = innermost_loops(sass, "HGMMA", "QGMMA")
+    assert len(loops) == chosen.consumers * kernel.loops
+    kept = sorted(map(in_memory, loops))  # loops without a mask keep none
+    assert not any(kept[: chosen.consumers]), f"loops over key tiles keep numbers in memory: {kept}"
+    assert kept[-1] <= kernel.masked, f"loops over key tiles keep numbers in memory: {kept}"
     if byte:  # values are transposed by matrix loads and stores, and nothing else takes bytes apart
         stores = config.width(heads.value_dim) * chosen.block_n // 2048
         assert len(re.findall(r"\bLDSM\.16\.MT88\.4\b", sass)) == stores
