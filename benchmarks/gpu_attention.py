@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
@@ -32,6 +30,7 @@ BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
 G, M = fl.HeadShape(32, 8, 128), fl.HeadShape(32, 32, 128)
 ROUNDS, ROUND = 11, 6e-3  # seconds
 BOUND = {BF16: 2e-2, E4M3: 1e-1}  # relative, by the dtype of keys and values: some peers round to it again
+UNIT = "microseconds per call, median and range of CUDA-graph replays; error: relative, against flashloom"
 SKEWED = {
     "1x65536 + 15x1024": [65536] + [1024] * 15,
     "1x32768 + 63x512": [32768] + [512] * 63,
@@ -224,26 +223,11 @@ def host_times(pool):
     return rows
 
 
-def about():
-    """The machine, what ran on it and what the figures mean."""
-    import triton
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return {
-        "machine": torch.cuda.get_device_name(),
-        "driver": subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "flashloom": "0.1.0",
-        "command": f"PYTHONPATH=src:. python benchmarks/gpu_attention.py {' '.join(sys.argv[2:])}", "rounds": ROUNDS,
-        "unit": "microseconds per call, median and range of CUDA-graph replays; error: relative, against flashloom",
-        **peers.versions(),
-    }  # fmt: skip
-
-
 def measure(path, kinds, resume):
     torch.manual_seed(0)
     path = Path(path)
-    result = {**about(), "left_out": {}, "set_up_s": {}, "rows": [], "host": {}}
+    result = {"machine": peers.about(), "rounds": ROUNDS, "unit": UNIT}
+    result |= {"left_out": {}, "set_up_s": {}, "rows": [], "host": {}}
     if resume:
         result |= {name: x for name, x in json.loads(path.read_text()).items() if name in ("left_out", "rows", "host")}
     rows, done = result["rows"], {(r["kind"], r["row"]) for r in result["rows"]}

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +21,8 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from flashloom.bench.machine import describe
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -51,6 +55,13 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "of unknown version"
     return found
+
+
+def about() -> dict[str, object]:
+    """The machine and its versions, and the command that was typed instead of the one that it starts for its rows."""
+    program, *given = [x for x in sys.argv if x not in ("--rows", "--resume")]
+    command = f"PYTHONPATH=src:. python benchmarks/{Path(program).name} {shlex.join(given)}".rstrip()
+    return {**describe(), "command": command, **versions()}
 
 
 class SetUp:

@@ -32,7 +32,6 @@ from flashloom import dispatch
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.hopper import asked, config
 from flashloom.attention.triton_executor import TritonExecutor
-from flashloom.bench.machine import describe
 from flashloom.target import Target
 
 ROUNDS, LIMIT, BOUND = 11, 150, 2e-2  # seconds, relative error of a peer
@@ -302,7 +301,7 @@ def _flashinfer(name: str, row: dict) -> tuple[peers.Call, list[peers.Call]]:
 
 def time_rows(path: str, resume: bool) -> None:
     """Time every row and print a table; in TFLOP/s."""
-    result: dict = {"machine": {**describe(), **peers.versions()}, "rounds": ROUNDS, "left_out": {}, "rows": []}
+    result: dict = {"machine": peers.about(), "rounds": ROUNDS, "left_out": {}, "rows": []}
     if resume:
         saved = json.loads(Path(path).read_text())
         result |= {name: saved[name] for name in ("left_out", "rows")}

@@ -23,6 +23,7 @@ from flashloom.attention import triton_executor
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import Config
+from flashloom.bench.machine import describe
 from flashloom.target import Target
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -257,8 +258,7 @@ def main(kinds, path):
                 shown = [f"{t:.1f}us {moved / t / 1e3:.0f}GB/s [{c}]" for t, c in line]
             print(f"{row[0]}: " + " | ".join(shown[:7]) + " ... " + " | ".join(shown[7:]), flush=True)
     if path:
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "command": " ".join(sys.argv)}
-        Path(path).write_text(json.dumps({**about, "rows": results}, indent=1))
+        Path(path).write_text(json.dumps({"machine": describe(), "rows": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks import gpu_peers as peers
 from benchmarks.gpu_prefill import _graph, _time
 from tests.triton.cases import BF16, E4M3, Case, H, alibi, causal, check, gemma, sinks
 
@@ -33,7 +34,6 @@ from flashloom import dispatch
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.hopper import asked, config
 from flashloom.attention.triton_executor import TritonExecutor
-from flashloom.bench.machine import describe
 from flashloom.target import Target
 
 HEADS, NARROW, LIMIT = H(32, 8, 128), H(16, 16, 64), 60
@@ -151,7 +151,7 @@ def _exact(variant: str, n: int, q: Any, k: Any, v: Any) -> torch.Tensor:
 def time_rows(path: str) -> None:
     """Time and judge every row: TFLOP/s, and relative errors against float64."""
     results: list[dict[str, Any]] = []
-    present = True
+    about, present = peers.about(), True
     for heads, variant, b, n in ROWS:
         counts = (heads.q_heads, heads.kv_heads, heads.kv_heads)
         q, k, v = (torch.randn(b * n, h, heads.dim, device="cuda", dtype=BF16) for h in counts)
@@ -190,7 +190,7 @@ def time_rows(path: str) -> None:
                     entry[name]["error of arithmetic"] = float((got - inputs).norm() / inputs.norm())
         entry["e4m3 to bfloat16"] = entry["e4m3"]["tflops"] / entry["bfloat16"]["tflops"]
         results.append(entry)
-        Path(path).write_text(json.dumps({"machine": describe(), "rows": results}, indent=1))
+        Path(path).write_text(json.dumps({"machine": about, "rows": results}, indent=1))
         print(json.dumps(entry, default=str), flush=True)
 
 

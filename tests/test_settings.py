@@ -43,6 +43,7 @@ def test_defaults():
         ("log", "debug:/tmp/log", "debug:/tmp/log"),
         ("wait", "2.5", 2.5),
         ("store_timeout", "1", 1.0),
+        ("commit", "0123456789ab", "0123456789ab"),
     ],
 )
 def test_every_variable(name, text, value):

@@ -85,6 +85,8 @@ class Settings:
     """
     threads: int | None = None
     """Threads of CPU kernels. None: as many as torch uses (``torch.get_num_threads()``)."""
+    commit: str | None = None
+    """Commit that benchmarks record where flashloom is a copy without git."""
 
 
 def _boolean(text: str) -> bool:
@@ -135,6 +137,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "fp16_reduction": _boolean,
     "tensor_parallel_size": _positive(int),
     "threads": _positive(int),
+    "commit": str,
 }
 
 

@@ -13,11 +13,16 @@ from pathlib import Path
 
 import torch
 
+from flashloom import settings
+
 PACKAGES = ("flashloom", "torch", "triton", "numpy", "transformers")
 
 
 def describe() -> dict[str, object]:
-    """Processor, cores, memory, threads, versions, UTC date and command line of this process."""
+    """Processor, cores, memory, threads, GPU, versions, UTC date and command line of this process, and flashloom's
+    commit: that of the git checkout it was imported from (with a + when files differ from it), of a copy without git
+    that of the variable ``FLASHLOOM_COMMIT``, else None.
+    """
     from flashloom.doctor import find_compilers
 
     compilers = find_compilers()
@@ -32,10 +37,10 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "compiler": compilers[0][1] if compilers else None,
         "versions": {name: v for name in PACKAGES if (v := _version(name))},
-        "commit": _commit(),
+        "commit": commit(Path(__file__).resolve().parents[3]),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": _driver(), "cuda": torch.version.cuda}
     return found
 
 
@@ -65,6 +70,16 @@ def memory_gib() -> int | None:
         return None
 
 
+def _driver() -> str | None:
+    """The version of NVIDIA's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0] if said else None
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -72,20 +87,20 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the source tree that flashloom was imported from, with a + when files differ from it."""
-    here = Path(__file__).resolve().parents[3]
-    if not (here / ".git").exists():
-        return None
+def commit(tree: Path) -> str | None:
+    """The commit of a source tree, with a + when files differ from it; without git that of the settings."""
+    named = settings.get().commit
+    if not (tree / ".git").exists():
+        return named
     try:
 
         def run(*words):
-            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10)
+            return subprocess.run(["git", "-C", str(tree), *words], capture_output=True, text=True, timeout=10)
 
-        commit, changed = (
+        head, changed = (
             run("rev-parse", "--short=12", "HEAD"),
             run("status", "--porcelain", "--untracked-files=no", "src"),
         )
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") or None
+        return named
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") or named
