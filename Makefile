@@ -5,6 +5,8 @@ PIP_ARGS ?=
 VENV ?= .venv
 WORKERS ?= 2
 PY := $(VENV)/bin/python
+RESULTS ?= benchmarks/results
+BENCH = PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
 .PHONY: demo test lint test-gpu bench-gpu clean
@@ -24,9 +26,14 @@ lint: $(VENV)/dev.stamp
 test-gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -q -m gpu
 
+# Every figure of the attention kernels on a GPU. RESULTS is where the files go, -i goes on after a step that fails, and
+# FLASHLOOM_COMMIT=... on make's command line says which commit this is where there is no git.
 bench-gpu:
-	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_attention.py benchmarks/results/gpu_attention.json
-	PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_prefill.py benchmarks/results/gpu_prefill_h100.json
+	mkdir -p $(RESULTS)
+	$(BENCH)/gpu_attention.py $(RESULTS)/gpu_attention.json
+	$(BENCH)/gpu_prefill.py $(RESULTS)/gpu_prefill_h100.json
+	$(BENCH)/hopper_fp8.py $(RESULTS)/hopper_fp8_h100.json
+	$(BENCH)/dense_calls.py $(RESULTS)/dense_calls_cuda.json
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "flashloom needs Python 3.10 or later; this is `$(PYTHON) --version`. Give another one: make PYTHON=python3.12"; exit 1; }

@@ -1,11 +1,11 @@
 """The Hopper kernel on a GPU: checked against float64, then timed beside torch's SDPA and, where they are installed,
 FlashInfer and FlashAttention-4, whose outputs are compared with ours first.
 
-    PYTHONPATH=src:. python benchmarks/gpu_prefill.py [result.json]
+    PYTHONPATH=src:. python benchmarks/gpu_prefill.py [result.json [--time]]
 
-Each step is a process of its own with a time limit, so that a kernel that hangs costs no more than that. Inputs are
-drawn anew; outputs and whatever must not be read start as NaN. Times are medians of CUDA-graph replays in interleaved
-rounds; a causal row counts half the operations.
+--time: even if a check failed. Each step is a process of its own with a time limit, so that a kernel that hangs costs
+no more than that. Inputs are drawn anew; outputs and whatever must not be read start as NaN. Times are medians of
+CUDA-graph replays in interleaved rounds; a causal row counts half the operations.
 """
 
 from __future__ import annotations
