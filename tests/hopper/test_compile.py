@@ -155,10 +155,12 @@ def test_binary(kernel, tmp_path):
         assert len(re.findall(r"\bLDSM\.16\.MT88\.4\b", sass)) == stores
         assert len(re.findall(r"\bSTSM\.16\.M88\.4\b", sass)) == stores
         assert len(re.findall(r"\bPRMT\b", sass)) <= 6 * stores
+        assert sum(map(in_memory, innermost_loops(sass, "LDSM"))) <= 1
     if by_rows:  # each of 128 threads copies so many vectors of keys and of values, and does little else
         vectors = chosen.block_n * (config.width(heads.dim) + config.width(heads.value_dim)) // 8 // 128
         code = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z]\w*)", sass)
         copies = [i for i, name in enumerate(code) if name == "LDGSTS"]
         assert len(copies) == vectors
         assert copies[-1] - copies[0] < 5 * vectors
+        assert not any(map(in_memory, innermost_loops(sass, "LDGSTS")))
     assert len(re.findall(r"\bUSETMAXREG\b", sass)) >= 4, "the assembler ignored the consumers' registers"
