@@ -1,5 +1,5 @@
-"""Imports point one way, also those inside functions: expr, variant <- lower <- store <- kernel <- attention ... <-
-integrations, cli.
+"""Imports point one way, also those inside functions: variant <- lower <- store <- records <- kernel <- attention ...
+<- integrations, cli.
 """
 
 import ast
@@ -17,7 +17,7 @@ LAYERS = [
     {"store"},
     {"records"},
     {"kernel"},
-    {"attention", "kv_cache", "ops", "dispatch"},
+    {"attention", "kv_cache", "dispatch"},
     {"tune", "bench", "monitor", "pack", "serving"},
     {"integrations", "compat", "cli", "commands", "testing", "demo", "__main__"},
 ]
