@@ -162,7 +162,8 @@ def _compile(number: int) -> float:
     chosen = replace(chosen, **{n: x for n, x in changes.items() if n != "q_stages"})
     target = Target("sm90")
     asked.plan_kernel(spec, chosen, page > 0, target).entry()
-    asked.attend_kernel(spec, asked.Form(dtype, negative), chosen, page, target).entry()
+    form = replace(asked.usual(spec, chosen, page), negative=negative)
+    asked.attend_kernel(spec, form, chosen, page, target).entry()
     return time.perf_counter() - start
 
 

@@ -4,6 +4,7 @@ TRITON_INTERPRET=1."""
 import pytest
 import torch
 from tests.hopper.emulator.launch import PROCESSORS, Emulated, install
+from tests.hopper.strided import check_views
 from tests.triton.cases import (
     BF16,
     E4M3,
@@ -23,7 +24,7 @@ from tests.triton.cases import (
 
 import flashloom as fl
 from flashloom import dispatch
-from flashloom.attention.kernels.hopper import consume, load, rows, schedule, transpose
+from flashloom.attention.kernels.hopper import chunks, consume, load, rows, schedule, transpose
 from flashloom.attention.reference import attention_reference
 
 G = H(4, 1, 128)
@@ -65,6 +66,9 @@ CASES = [
     Case([90], [90], G, BF16, kind="ragged", variant=causal, sm_scale=-0.1),
     Case([30, 60], [30, 150], G, BF16, kind="ragged", variant=sinks, partial=True),
     Case([30], [30], H(5, 1, 128), BF16, page_size=16, odd_strides=True, variant=causal),
+    Case([30, 50], [30, 100], H(4, 2, 256), BF16, page_size=16, variant=causal),
+    Case([30, 50], [30, 100], H(4, 2, 192, 128), F16, page_size=32, variant=causal),
+    Case([30, 50], [30, 100], H(4, 2, 128, 64), BF16, page_size=16, layout="HND"),
     Case([30, 40, 1], [30, 130, 77], G, BF16, page_size=1, variant=causal),
     Case([30, 26], [130, 71], H(8, 4, 80), BF16, page_size=4, layout="HND", variant=gemma),
     Case([30, 26], [130, 71], H(8, 2, 256), BF16, page_size=20, variant=causal),
@@ -140,6 +144,10 @@ def test_out_of_another_dtype(dtype):
     assert float((out.double() - want).norm() / want.norm()) < 8e-3
 
 
+def test_pages_that_are_views():
+    check_views("cpu")
+
+
 @pytest.mark.parametrize("last", [0, 2])
 @pytest.mark.parametrize("heads", [1, 8, 12])
 def test_every_tile_has_one_place(heads, last):
@@ -163,7 +171,7 @@ def test_counters_are_left_at_zero():
 def broken(monkeypatch, replaced, **case):
     """Run a case with functions of the kernel replaced; answers what the check says."""
     for name, replacement in replaced.items():
-        for module in (consume, load, rows, transpose):
+        for module in (chunks, consume, load, rows, transpose):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
     given = {"q_lens": [60, 50], "kv_lens": [400, 300], "heads": H(4, 2, 128), "dtype": BF16, "page_size": 16} | case
@@ -231,7 +239,7 @@ def test_keys_of_another_page(monkeypatch):
     real = load.tma_load
 
     def shifted(source, where, full, to):
-        real(source, [where[0] + 1, *where[1:]] if len(where) == 4 else where, full, to)
+        real(source, [where[0] + 1, *where[1:]] if len(where) > 3 else where, full, to)
 
     assert broken(monkeypatch, {"tma_load": shifted})
 

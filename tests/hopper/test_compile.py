@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -127,7 +127,7 @@ def test_binary(kernel, tmp_path):
     spec = AttentionSpec(heads, program, kernel.dtype, kernel.dtype)
     assert asked.unsuitable(spec) is None
     chosen = asked.choose(spec, kernel.mean_q_len, kernel.page_size)
-    form = asked.Form(kernel.out or spec.out_dtype)
+    form = replace(asked.usual(spec, chosen, kernel.page_size), out_dtype=kernel.out or spec.out_dtype)
     byte = kernel.dtype == E4M3
     stages, metadata = asked.attend_kernel(spec, form, chosen, kernel.page_size, Target("sm90")).compile()
     by_rows = chosen.box == 1  # four warps of their own for that
@@ -156,6 +156,8 @@ def test_binary(kernel, tmp_path):
         assert len(re.findall(r"\bSTSM\.16\.M88\.4\b", sass)) == stores
         assert len(re.findall(r"\bPRMT\b", sass)) <= 6 * stores
         assert sum(map(in_memory, innermost_loops(sass, "LDSM"))) <= 1
+    if form.chunked:  # a copy brings all columns of a page
+        assert len(re.findall(r"\bUTMALDG\.5D\b", sass)) == 2 * chosen.block_n // chosen.box
     if by_rows:  # each of 128 threads copies so many vectors of keys and of values, and does little else
         vectors = chosen.block_n * (config.width(heads.dim) + config.width(heads.value_dim)) // 8 // 128
         code = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z]\w*)", sass)

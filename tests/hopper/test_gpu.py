@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.hopper.strided import check_views
 from tests.triton.cases import (
     BF16,
     E4M3,
@@ -67,6 +68,10 @@ CASES = [
     Case([900], [900], G, BF16, kind="ragged", variant=causal, sm_scale=-0.1),
     Case([300, 600], [300, 1500], G, BF16, kind="ragged", variant=sinks, partial=True),
     Case([300], [300], H(5, 1, 128), BF16, page_size=16, odd_strides=True, variant=causal),
+    Case([300, 500], [300, 1000], H(8, 2, 256), BF16, page_size=16, variant=causal),
+    Case([300, 500], [300, 1000], H(8, 4, 192, 128), F16, page_size=32, variant=causal),
+    Case([300, 500], [300, 1000], H(8, 2, 128, 64), BF16, page_size=16, layout="HND"),
+    Case([300, 500], [300, 1000], G, BF16, page_size=128, layout="HND", variant=causal),
     Case([300, 40, 1], [300, 1300, 77], G, BF16, page_size=1, variant=causal),
     Case([300, 700], [1300, 701], G, F16, page_size=3, variant=causal),
     Case([300, 260], [1300, 701], H(8, 4, 80), BF16, page_size=4, layout="HND", variant=gemma),
@@ -189,3 +194,7 @@ def test_kernel_that_cannot_be_built(monkeypatch):
         plan = attn.plan(fl.Batch([2000], kv=fl.RaggedKV([2000])))
     assert plan.executor == "triton"
     assert "PassManager" in plan.explain()
+
+
+def test_pages_that_are_views():
+    check_views("cuda")

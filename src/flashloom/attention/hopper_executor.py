@@ -79,8 +79,13 @@ class HopperExecutor(TritonExecutor):
         self._fixed, self._merge_ratio = UNSPLIT, 1.0
         self._groups = heads.q_heads // self._config.pack
         self._hopper: dict[Form, gluon.MapLaunch] = {}
-        self._maps = [gluon.TensorMaps(box, spec.q_dtype) for box in asked.boxes(spec, self._config)]
-        self._maps[-1] = gluon.TensorMaps(asked.boxes(spec, self._config)[-1], spec.out_dtype)
+        self._usual = asked.usual(spec, self._config, self._page)
+        self._maps = {}  # of queries, results, keys and values, by whether the latter lie in chunks
+        for chunked in {False, self._usual.chunked}:
+            first, *between, last = asked.boxes(spec, self._config, chunked)
+            maps = [gluon.TensorMaps(box, spec.q_dtype) for box in (first, *between)]
+            maps.insert(1, gluon.TensorMaps(last, spec.out_dtype))
+            self._maps[chunked] = maps
         self._other: TritonExecutor | None = None
         self._one_scale = torch.ones(1, device=self.device)
         self._build()
@@ -89,7 +94,7 @@ class HopperExecutor(TritonExecutor):
         self.update(batch)
 
     def _build(self) -> None:
-        form = Form(self.spec.out_dtype)
+        form = self._usual
         with ThreadPoolExecutor(2) as pool:
             kernel = asked.plan_kernel(self.spec, self._config, self._paged, self.target)
             planner = pool.submit(launch.launcher, kernel, self.device)
@@ -121,7 +126,7 @@ class HopperExecutor(TritonExecutor):
         chosen = asked.choose(spec, mean_q_len, page_size)
         return [
             asked.plan_kernel(spec, chosen, page_size > 0, target),
-            asked.attend_kernel(spec, Form(spec.out_dtype), chosen, page_size, target),
+            asked.attend_kernel(spec, asked.usual(spec, chosen, page_size), chosen, page_size, target),
         ]
 
     @classmethod
@@ -131,7 +136,7 @@ class HopperExecutor(TritonExecutor):
         """What plans with this config need on a target."""
         return [
             asked.plan_kernel(spec, config, page_size > 0, target),
-            asked.attend_kernel(spec, Form(spec.out_dtype), config, page_size, target),
+            asked.attend_kernel(spec, asked.usual(spec, config, page_size), config, page_size, target),
         ]
 
     def _grow(self, batch: Batch) -> None:
@@ -207,24 +212,20 @@ class HopperExecutor(TritonExecutor):
             return
         if self._error[0]:
             self._buffers.raise_error(self._sizes)
-        form = Form(out.dtype, sm_scale < 0)
-        kernel = self._hopper.get(form)
-        if kernel is None:
-            kernel = self._hopper[form] = self._attend(form)
         if self._ragged:
             k_sizes = v_sizes = (1, k.shape[0], heads.kv_heads)
             k_strides, v_strides = (0, k0, k2), (0, v0, v2)
         else:
             k_sizes = v_sizes = (k.shape[0], k.shape[1], heads.kv_heads)
             k_strides, v_strides = (k0, k1, k2), (v0, v1, v2)
-        q_map, *kv_maps, out_map = self._maps
-        maps = [q_map.of((q_tokens, heads.q_heads, heads.dim), (q0, q1))]
-        steps_kv: tuple[int, ...] = ()
-        if kv_maps:
-            maps.append(kv_maps[0].of((*k_sizes, heads.dim), k_strides))
-            maps.append(kv_maps[1].of((*v_sizes, heads.value_dim), v_strides))
-        else:
-            steps_kv = tuple(x * q.element_size() // 16 for x in (*k_strides, *v_strides))
+        sizes = (*k_sizes, heads.dim), (*v_sizes, heads.value_dim)
+        chunked, kv_maps, steps_kv = self._maps_of(sizes, (k_strides, v_strides))
+        form = Form(out.dtype, sm_scale < 0, chunked)
+        kernel = self._hopper.get(form)
+        if kernel is None:
+            kernel = self._hopper[form] = self._attend(form)
+        q_map, out_map, *_ = self._maps[chunked]
+        maps = [q_map.of((q_tokens, heads.q_heads, heads.dim), (q0, q1)), *kv_maps]
         if out.dtype == self.spec.out_dtype:
             maps.append(out_map.of((out_tokens, heads.q_heads, heads.value_dim), (o0, o1)))
         vector = 16 // out.element_size()
@@ -245,6 +246,17 @@ class HopperExecutor(TritonExecutor):
         )  # fmt: skip
         self._scales = kv.k_scale, kv.v_scale
         self._repeatable(q, k, v, out, lse, places)
+
+    def _maps_of(self, sizes: Any, strides: Any) -> tuple[bool, list[Any], tuple[int, ...]]:
+        """Of keys and values: whether they lie in chunks, their maps, and what the kernel is told of their strides."""
+        if self._config.box == 1:
+            return False, [], tuple(x * self.spec.kv_dtype.itemsize // 16 for each in strides for x in each)
+        if self._usual.chunked:
+            of_k, of_v = self._maps[True][2:]
+            k, v = (asked.chunk_map(n, steps) for n, steps in zip(sizes, strides))
+            if k is not None and v is not None:
+                return True, [of_k.of(*k[:2]), of_v.of(*v[:2])], (*k[2], *v[2])
+        return False, [maps.of(n, steps) for maps, n, steps in zip(self._maps[False][2:], sizes, strides)], ()
 
     def _scale_words(self, kv: KV) -> tuple[int, ...] | None:
         """What the kernel gets to know of the scales, or None if it cannot take them."""

@@ -198,8 +198,11 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.x.permute(order), self.dtype)
 
-    def reinterpret(self, dtype: Type, shape: Sequence[int], _layout: Any) -> Shared:
-        return Shared(self.x.view(dtype.torch).view(*shape), dtype)
+    def reinterpret(self, dtype: Type, shape: Sequence[int], layout: Any) -> Shared:
+        x = self.x.view(dtype.torch)
+        if layout is None:
+            return Shared(x.view(*shape), dtype)
+        return Gathered(x.view(-1), layout.places(shape), dtype)
 
     def load(self, _layout: Any) -> Block:
         return Block(self.x.clone())
@@ -214,6 +217,40 @@ class Shared:
     def spoil(self) -> None:
         """Nobody may read it before what is under way has come."""
         self.x.view(torch.uint8).fill_(0x7F) if self.x.itemsize == 1 else self.x.fill_(float("nan"))
+
+
+class Gathered(Shared):
+    """Shared memory whose element i is at place[i] of `memory`; it is only read."""
+
+    def __init__(self, memory: torch.Tensor, place: torch.Tensor, dtype: Type) -> None:
+        self._memory, self._place, self.dtype = memory, place, dtype
+
+    @property
+    def x(self) -> torch.Tensor:  # type: ignore[override]
+        return self._memory[self._place]
+
+    @property
+    def range(self) -> tuple[int, int]:
+        return self._memory.data_ptr(), self._memory.data_ptr() + self._memory.numel() * self._memory.itemsize
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Gathered(self._memory, self._place.permute(order), self.dtype)
+
+
+class SharedLinearLayout:
+    """Which element is at which place, by the coordinates that each bit of the place adds. Swizzles are not modelled:
+    of bits that change rows what they do to columns is left out."""
+
+    def __init__(self, offset_bases: Sequence[Sequence[int]], _blocks: Sequence[Any], _alignment: int) -> None:
+        self._bases = [[row, 0 if row else column] for row, column in offset_bases]
+
+    def places(self, shape: Sequence[int]) -> torch.Tensor:
+        at = torch.arange(1 << len(self._bases))
+        row, column = (sum((at >> i & 1) * base[d] for i, base in enumerate(self._bases)) for d in (0, 1))
+        place = torch.full(tuple(shape), -1)
+        place[row, column] = at
+        assert int(place.min()) == 0, "the layout leaves elements without a place"
+        return place
 
 
 reinterpret = Shared.reinterpret
@@ -480,7 +517,7 @@ def _module() -> SimpleNamespace:
         reshape=lambda x, shape: Block(x.x.reshape(tuple(shape))),
         permute=lambda x, order: Block(x.x.permute(tuple(order))), DistributedLinearLayout=dummy,
         BlockedLayout=dummy, SliceLayout=dummy, NVMMASharedLayout=dummy, NVMMADistributedLayout=dummy,
-        DotOperandLayout=dummy, SwizzledSharedLayout=dummy,
+        DotOperandLayout=dummy, SwizzledSharedLayout=dummy, SharedLinearLayout=SharedLinearLayout,
         arange=lambda a, b, layout=None: Block(torch.arange(a, b, dtype=torch.int32)),
         full=lambda shape, x, kind, layout=None: Block(torch.full(tuple(shape), raw(x), dtype=kind.torch)),
         zeros=lambda shape, kind, layout=None: Block(torch.zeros(tuple(shape), dtype=kind.torch)),

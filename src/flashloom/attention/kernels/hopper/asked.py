@@ -21,7 +21,7 @@ from flashloom.variant.expr import Expr, topological
 if TYPE_CHECKING:
     from flashloom.kernel.gluon import GluonKernel
 
-__all__ = ["Form", "attend_kernel", "boxes", "choose", "plan_kernel", "suits", "unsuitable"]
+__all__ = ["Form", "attend_kernel", "boxes", "choose", "chunk_map", "plan_kernel", "suits", "unsuitable", "usual"]
 
 LONG = 2048  # query rows of a request
 SPECIAL = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "sin", "cos", "div"}
@@ -29,10 +29,12 @@ SPECIAL = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "er
 
 @dataclass(frozen=True)
 class Form:
-    """Of one kernel of a plan: dtype of out, and whether sm_scale is negative."""
+    """Of one kernel of a plan: dtype of out, whether sm_scale is negative, and whether keys and values lie in chunks
+    (`chunks.py`)."""
 
     out_dtype: torch.dtype
     negative: bool = False
+    chunked: bool = False
 
 
 def unsuitable(spec: AttentionSpec) -> str | None:
@@ -75,8 +77,8 @@ def _own_elements(hook: Expr) -> bool:
 
 
 def _capped(spec: AttentionSpec) -> bool:
-    """Whether the logits hook is a soft cap: its tanh is a polynomial, and leaves registers for large tiles unless the
-    copies go by page."""
+    """Whether the logits hook is a soft cap: its tanh is a polynomial, and leaves registers for large tiles unless keys
+    are copied row by row."""
     from flashloom.lower import gluon as lower
 
     return lower.functions(spec.program).cap_factors is not None
@@ -87,7 +89,8 @@ def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     heads, logits, mask = spec.heads, spec.program.logits, spec.program.mask
     narrow = spec.q_dtype.itemsize == 1  # then no logits transform has registers for a large tile
     special = logits is not None and any(node.op in SPECIAL for node in topological(logits))
-    heavy = logits is not None and (narrow or (special and (page_size > 0 or not _capped(spec))))
+    by_rows = sizes.box_rows(page_size, 128) == 1
+    heavy = logits is not None and (narrow or (special and (by_rows or not _capped(spec))))
     spare = logits is None
     if mask is not None:  # of short rows under a mask, tiles of three consumers would compute a third in vain
         spare = spare and mean_q_len >= LONG and not spec.batch_invariant
@@ -98,17 +101,46 @@ def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     )  # fmt: skip
 
 
-def boxes(spec: AttentionSpec, config: Config) -> tuple[tuple[int, ...], ...]:
+def usual(spec: AttentionSpec, config: Config, page_size: int) -> Form:
+    """The form for a positive scale, and for keys and values whose heads or pages lie side by side."""
+    wide = max(chunks(spec.heads.dim), chunks(spec.heads.value_dim)) > 1
+    return Form(spec.out_dtype, False, wide and page_size > 0 and config.box > 1 and spec.q_dtype.itemsize > 1)
+
+
+def chunks(dim: int) -> int:
+    """Chunks of 64 columns that one copy of rows of 16 bits can bring together; 1: it brings what it is told."""
+    return dim // 64 if dim == width(dim) else 1
+
+
+def chunk_map(
+    sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Of keys or values [pages, page tokens, kv heads, dim] with strides of the first three: sizes and strides of the
+    tensor map, and the steps from head to head in groups of 8 tokens and in chunks. None: it would need a dimension
+    more than tensor maps have."""
+    pages, tokens, heads, dim = sizes
+    page, token, head = strides
+    n, groups = chunks(dim), tokens // 8
+    if n == 1:
+        return sizes, strides, ()
+    if heads == 1 or head == dim:
+        return (pages, groups, heads * n, 8, 64), (page, 8 * token, 64, token), (0, n)
+    if head == tokens * token:
+        return (pages, heads * groups, n, 8, 64), (page, 8 * token, 64, token), (groups, 0)
+    return None
+
+
+def boxes(spec: AttentionSpec, config: Config, chunked: bool) -> tuple[tuple[int, ...], ...]:
     """Shapes of the copies of queries, keys, values and results, as far as they have maps."""
     rows, dim, value_dim = 64 // config.pack, width(spec.heads.dim), width(spec.heads.value_dim)
+    ends = ((rows, config.pack, dim), (rows, config.pack, value_dim))
     if config.box == 1:  # the threads copy keys and values themselves
-        return ((rows, config.pack, dim), (rows, config.pack, value_dim))
-    return (
-        (rows, config.pack, dim),
-        (1, config.box, 1, dim),
-        (1, config.box, 1, value_dim),
-        (rows, config.pack, value_dim),
+        return ends
+    between = (
+        (1, config.box // 8, chunks(n), 8, 64) if chunked and chunks(n) > 1 else (1, config.box, 1, width(n))
+        for n in (spec.heads.dim, spec.heads.value_dim)
     )
+    return (ends[0], *between, ends[1])
 
 
 def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: int, target: Target) -> GluonKernel:
@@ -119,11 +151,12 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     heads, hooks, dtype = spec.heads, lower.functions(spec.program), spec.q_dtype
     dim, value_dim = width(heads.dim), width(heads.value_dim)
     by_rows = config.box == 1
+    k_chunks, v_chunks = (chunks(n) if form.chunked else 1 for n in (heads.dim, heads.value_dim))
     row_warps = sizes.row_warps(config, heads.dim, heads.value_dim, dtype.itemsize)
     names = ("q", "out_map") if by_rows else ("q", "k", "v", "out_map")
     signature: dict[str, Any] = {
         n: tensor_map_type(box, spec.out_dtype if n == "out_map" else dtype)
-        for n, box in zip(names, boxes(spec, config))
+        for n, box in zip(names, boxes(spec, config, form.chunked))
     }
     signature |= {"out": pointer(form.out_dtype), "lse": "*fp32"}
     signature |= {n: pointer(dtype) for n in ("k_rows", "v_rows") if by_rows}
@@ -131,7 +164,8 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     signature |= dict.fromkeys(("q_jump", "out_jump"), "i32")
     signature |= dict.fromkeys(("out_token", "out_head", "lse_token", "lse_head"), "i64")
     signature |= {"ragged": "i32", "sm_scale": "fp32", "flags": "i32"}
-    signature |= dict.fromkeys(("k_strides", "v_strides"), ("i64",) * (3 * by_rows))
+    for name, n in (("k_strides", k_chunks), ("v_strides", v_chunks)):
+        signature[name] = ("i64",) * 3 if by_rows else ("i32",) * 2 if n > 1 else ()
     signature["scales"] = ("*fp32", "*fp32", "i32", "i32") if dtype.itemsize == 1 else ()
     signature["values"] = asked.value_types(spec.program)
     constants = {
@@ -148,6 +182,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "CONSUMER_REGISTERS": config.registers, "OTHER_REGISTERS": config.other_registers,
         "TRANSPOSER_REGISTERS": sizes.transposer_registers(config), "ROW_WARPS": row_warps,
         "SCHEDULER_REGISTERS": sizes.scheduler_registers(config, row_warps),
+        "K_CHUNKS": k_chunks, "V_CHUNKS": v_chunks,
     }  # fmt: skip
     constants |= dict.fromkeys(("k", "v") if by_rows else ("k_rows", "v_rows"))
     aligned = ("out", "items", "pages", *(n for n in ("k_rows", "v_rows") if by_rows))

@@ -25,16 +25,19 @@ def attend(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_MAP: gl.constexpr, REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr,
     RING: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     TRANSPOSER_REGISTERS: gl.constexpr, SCHEDULER_REGISTERS: gl.constexpr, ROW_WARPS: gl.constexpr,
+    K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best the number of multiprocessors; each takes tiles until none is left.
 
     q [tokens, heads, DIM], k and v [pages, page tokens, kv heads, *] and out_map (as q) are tensor maps; in their place
     k_rows and v_rows with strides serve BOX 1, and `out` with its strides rows that its map cannot, all in vectors of
-    16 bytes. lse float32 [tokens, heads]. A request's rows begin q_jump tokens (in out and lse out_jump) further than
-    where those of the request before it end, 0 where tokens follow each other through the batch. items int32
-    [*, 16], pages int32, counter int32 [3]: see `schedule`. scales, of 8-bit elements: those of keys and of values,
-    float32, and the steps between two heads. HEADS groups of PACK query heads; DIM, WIDTH: widths
-    of keys and values in shared memory, KEY_DIM and VALUE_DIM in memory.
+    16 bytes. K_CHUNKS, V_CHUNKS: 1, or how many chunks of 64 columns a row has where its map is one of `chunks`; then
+    k_strides and v_strides are the steps from head to head, in groups of tokens and in chunks. lse float32 [tokens,
+    heads]. A request's rows begin q_jump tokens (in out and lse out_jump) further than where those of the request
+    before it end, 0 where tokens follow each other through the batch. items int32 [*, 16], pages int32, counter int32
+    [3]: see `schedule`. scales, of 8-bit elements: those of keys and of values, float32, and the steps between two
+    heads. HEADS groups of PACK query heads; DIM, WIDTH: widths of keys and values in shared memory, KEY_DIM and
+    VALUE_DIM in memory.
     """
     dtype: gl.constexpr = q.dtype
     BITS: gl.constexpr = dtype.primitive_bitwidth
@@ -89,12 +92,12 @@ def attend(
     gl.warp_specialize(
         [
             (producer, (
-                q, q_jump, k, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full, k_empty,
-                True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                q, q_jump, k, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
+                k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES, K_CHUNKS,
             )) if part == "keys"
             else (producer, (
-                q, q_jump, v, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty, v_full, v_empty,
-                False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES,
+                q, q_jump, v, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty, v_full,
+                v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES, V_CHUNKS,
             )) if part == "values"
             else (row_producer, (
                 q, q_jump, k_rows, v_rows, k_strides, v_strides, pages, q_smem, k_smem, v_smem, ring, ring_full,
@@ -111,7 +114,7 @@ def attend(
             )) if part == "tiles"
             else (consumer, (
                 what, part, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING,
+                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, K_CHUNKS, V_CHUNKS,
             ))
             for part in (
                 (0, 1, "transposed", "rows", "tiles") if FP8 and BOX == 1

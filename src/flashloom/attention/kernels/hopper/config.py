@@ -111,6 +111,4 @@ def choose(
         return Config(2, block_n, 2, heads, box, 224, 40)
     if widest == 64 and spare and not heavy:  # a third consumer fills the time that the softmax of two leaves
         return Config(3, block_n, 2, heads, box, 160, 32)
-    # many copies per tile want registers for the page numbers; wide accumulators have none to give
-    registers, others = (216, 72) if block_n >= 8 * box and widest <= 128 else (232, 40)
-    return Config(2, block_n, 2, heads, box, registers, others)
+    return Config(2, block_n, 2, heads, box, 232, 40)

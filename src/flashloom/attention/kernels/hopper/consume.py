@@ -6,6 +6,7 @@ that one computes its softmax while the other multiplies.
 """
 
 # ruff: noqa: SIM102
+from flashloom.attention.kernels.hopper.chunks import clear_rows, tile_of
 from flashloom.attention.kernels.hopper.gluon import (
     barrier,
     fence_async_shared,
@@ -52,7 +53,7 @@ from flashloom.attention.kernels.hopper.step import (
     unpacked,
     weights,
 )
-from flashloom.attention.kernels.hopper.transpose import clear_rows, column_of, in_order
+from flashloom.attention.kernels.hopper.transpose import column_of, in_order
 
 
 @jit
@@ -62,6 +63,7 @@ def run_tiles(
     LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
     MASKED_TILES: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, NUMBER: gl.constexpr,
     CONSUMERS: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
+    K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr,
 ):  # fmt: skip
     """Steps first to last of a tile; `words` are the packed weights of the step before."""
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
@@ -73,9 +75,11 @@ def run_tiles(
         stage = step % STAGES
         await_copy(k_full, stage, (step // STAGES) & 1)
         enter(NUMBER)
-        s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        keys = tile_of(k_smem.index(stage), K_CHUNKS).permute((1, 0))
+        s = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
         await_copy(v_full, before, ((step - 1) // STAGES) & 1)
-        acc = warpgroup_mma(unpacked(words, k_smem.dtype, P_LAYOUT), v_smem.index(before), acc, is_async=True)
+        v_tile = tile_of(v_smem.index(before), V_CHUNKS)
+        acc = warpgroup_mma(unpacked(words, k_smem.dtype, P_LAYOUT), v_tile, acc, is_async=True)
         leave(NUMBER, CONSUMERS)
         s = warpgroup_mma_wait(1, deps=[s])
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -146,7 +150,7 @@ def consumer(
     what, NUMBER: gl.constexpr, QUERY: gl.constexpr, LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr,
     MASK: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, VALUE_DIM: gl.constexpr, OUT_MAP: gl.constexpr,
-    REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr, RING: gl.constexpr,
+    REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr, RING: gl.constexpr, K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr,
 ):  # fmt: skip
     """Rows NUMBER * 64 and on of every tile in the ring. flags: bit 0 store lse, bit 1 partial."""
     (
@@ -227,8 +231,8 @@ def consumer(
                 await_copy(k_full, stage, (step // STAGES) & 1)
                 enter(NUMBER)
                 s = warpgroup_mma(
-                    q, k_smem.index(stage).permute((1, 0)), gl.zeros([64, BLOCK_N], gl.float32, s_layout),
-                    use_acc=False, is_async=True,
+                    q, tile_of(k_smem.index(stage), K_CHUNKS).permute((1, 0)),
+                    gl.zeros([64, BLOCK_N], gl.float32, s_layout), use_acc=False, is_async=True,
                 )  # fmt: skip
                 leave(NUMBER, CONSUMERS)
                 s = warpgroup_mma_wait(0, deps=[s])
@@ -245,25 +249,27 @@ def consumer(
                 words = packed(p, k_smem.dtype)
                 if tile * BLOCK_N + BLOCK_N > kv_len:
                     await_copy(v_full, stage, (step // STAGES) & 1)
-                    clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, WIDTH, BLOCK_N)
+                    clear_rows(v_smem.index(stage), tile * BLOCK_N, kv_len, BLOCK_N, V_CHUNKS)
                 acc = warpgroup_mma_init(gl.zeros([64, WIDTH], gl.float32, o_layout))
                 if MASK is not None:
                     step, acc, words, top, total = run_tiles(
                         1, masked, step, acc, words, top, total, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
                         masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape, LOGITS, CAP,
                         SLOPE, MASK, RAW, True, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout, p_layout,
+                        K_CHUNKS, V_CHUNKS,
                     )  # fmt: skip
                 step, acc, words, top, total = run_tiles(
                     gl.maximum(masked, 1), tiles, step, acc, words, top, total, q, k_smem, v_smem, k_full, k_empty,
                     v_full, v_empty, masked, high, end, full_begin, full_end, q_head, q_pos, scale, at, values, shape,
                     LOGITS, CAP, SLOPE, MASK, RAW, False, BLOCK_N, STAGES, NUMBER, CONSUMERS, s_layout, o_layout,
-                    p_layout,
+                    p_layout, K_CHUNKS, V_CHUNKS,
                 )  # fmt: skip
                 if not REUSE_Q:
                     mbarrier.arrive(q_empty.index(buffer), count=1)
                 stage = step % STAGES
                 await_copy(v_full, stage, (step // STAGES) & 1)
-                acc = warpgroup_mma(unpacked(words, k_smem.dtype, p_layout), v_smem.index(stage), acc, is_async=True)
+                v_tile = tile_of(v_smem.index(stage), V_CHUNKS)
+                acc = warpgroup_mma(unpacked(words, k_smem.dtype, p_layout), v_tile, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
             if OUT_MAP and not REUSE_Q:
                 tma_store_wait(0)  # the arrival below is a barrier: nobody writes the buffer before it has been read

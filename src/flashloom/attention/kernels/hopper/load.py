@@ -1,11 +1,12 @@
 """The producers of the Hopper kernel: one warp that keeps the copies of queries and keys going, one for the values.
 
 Queries are boxes of [64 / PACK tokens, PACK heads, DIM] of [tokens, heads, dim]; keys and values boxes of [1, BOX, 1,
-DIM] of [pages, page tokens, kv heads, dim]. What lies beyond a tensor arrives as zeros, also the columns beyond its
-width. BOX is BLOCK_N where a tile of keys lies in one run of memory; else several boxes, each within a page, make one.
-Pages that no such box divides are the business of `rows`.
+DIM] of [pages, page tokens, kv heads, dim], or of pages as `chunks` has them. What lies beyond a tensor arrives as
+zeros, also the columns beyond its width. BOX is BLOCK_N where a tile of keys lies in one run of memory; else several
+boxes, each within a page, make one. Pages that no such box divides are the business of `rows`.
 """
 
+from flashloom.attention.kernels.hopper.chunks import boxes_of
 from flashloom.attention.kernels.hopper.gluon import gl, jit, mbarrier, tma_load
 from flashloom.attention.kernels.hopper.schedule import (
     BATCH,
@@ -29,17 +30,24 @@ from flashloom.attention.kernels.hopper.schedule import (
 
 @jit
 def load_boxes(
-    tensor, stage, full, places, token, head, BOX: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr
-):
-    """Fill one stage [BLOCK_N, width] from the pages `places`, one per box, beginning at position `token`."""
+    tensor, stage, full, places, token, head, strides, BOX: gl.constexpr, BLOCK_N: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, CHUNKS: gl.constexpr,
+):  # fmt: skip
+    """Fill one stage [BLOCK_N, width] from the pages `places`, one per box, beginning at position `token`. CHUNKS: of a
+    row, where a copy brings all of them; `strides`: then those of heads in groups of tokens and in chunks."""
     mbarrier.expect(full, BLOCK_N // BOX * tensor.block_type.nbytes)
+    if CHUNKS > 1:
+        boxes = boxes_of(stage, BOX, CHUNKS)
     for i in gl.static_range(BLOCK_N // BOX):
         within = token + i * BOX
         if PAGE_SIZE == BOX:
             within = 0
         elif PAGE_SIZE > 0:
             within = within % PAGE_SIZE
-        if BOX == BLOCK_N:
+        if CHUNKS > 1:
+            group = head * strides[0] + within // 8
+            tma_load(tensor, [places[i], group, head * strides[1], 0, 0], full, boxes.index(i))
+        elif BOX == BLOCK_N:
             tma_load(tensor, [places[i], within, head, 0], full, stage)
         else:
             tma_load(tensor, [places[i], within, head, 0], full, stage.slice(i * BOX, BOX, dim=0))
@@ -60,10 +68,10 @@ def load_queries(
 
 @jit
 def producer(
-    q, q_jump, kv, pages, q_smem, kv_smem, ring, ring_full, ring_empty, q_full, q_empty, kv_full,
-    kv_empty,
+    q, q_jump, kv, strides, pages, q_smem, kv_smem, ring, ring_full, ring_empty, q_full, q_empty, kv_full, kv_empty,
     QUERIES: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr,
     GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr, RING: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
+    CHUNKS: gl.constexpr,
 ):  # fmt: skip
     """Load what the tiles in the ring need of one tensor, as stages come free, and the queries if QUERIES. PAGE_SIZE 0:
     a request is one run of tokens."""
@@ -104,8 +112,8 @@ def producer(
                         places = places + (page,)  # type: ignore[assignment]  # noqa: RUF005
                 mbarrier.wait(kv_empty.index(stage), ((step // STAGES) & 1) ^ 1)
                 load_boxes(
-                    kv, kv_smem.index(stage), kv_full.index(stage), places, token + first_token, kv_head, BOX,
-                    BLOCK_N, PAGE_SIZE,
+                    kv, kv_smem.index(stage), kv_full.index(stage), places, token + first_token, kv_head, strides, BOX,
+                    BLOCK_N, PAGE_SIZE, CHUNKS,
                 )  # fmt: skip
                 step += 1
         turn += 1

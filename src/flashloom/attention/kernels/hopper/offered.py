@@ -70,7 +70,7 @@ def candidates(default: Config, heads: HeadShape, page_size: int, itemsize: int 
                 if itemsize == 1:
                     found += [replace(one, registers=a, other_registers=b) for a, b in ((216, 24), (216, 40))]
                 elif default.consumers == 2:
-                    shares = ((216, 48), (208, 64)) if box == 1 else ((216, 72), (232, 40))
+                    shares = ((216, 48), (208, 64)) if box == 1 else ((216, 72), (224, 56))
                     found += [replace(one, registers=a, other_registers=b) for a, b in shares]
     if itemsize > 1 and max(width(heads.dim), width(heads.value_dim)) == 64:
         three = {"consumers": 3, "registers": 160, "other_registers": 32}

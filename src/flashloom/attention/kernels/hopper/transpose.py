@@ -34,22 +34,6 @@ from flashloom.attention.kernels.hopper.schedule import (
 
 
 @jit
-def clear_rows(stage, first, end, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Zero the rows of a stage from position `end` on, so that a weight of 0 meets no NaN there."""
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, 8], [32 * 8 // WIDTH, WIDTH // 8] if WIDTH < 256 else [1, 32], [4, 1], [1, 0]
-    )
-    for i in gl.static_range(BLOCK_N // 16):
-        if first + i * 16 + 16 > end:
-            part = stage.slice(i * 16, 16, dim=0)
-            position = first + i * 16 + gl.arange(0, 16, gl.SliceLayout(1, layout))
-            x = part.load(layout)
-            part.store(gl.where((position < end)[:, None], x, gl.zeros([16, WIDTH], x.dtype, layout)))
-    fence_async_shared()
-    barrier()
-
-
-@jit
 def four_bytes(x):
     """float32 as float8e4nv, four at a time. Triton's own conversion joins them byte by byte."""
     return gl.inline_asm_elementwise(
