@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from flashloom.attention.kernels.triton.finish import combine, finish
 from flashloom.attention.kernels.triton.tiles import (
+    apart,
     load_keys,
     load_tile,
     stored,
@@ -136,7 +137,8 @@ def attend_tiles(
     V0: tl.constexpr, V1: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, VEC_K: tl.constexpr,
     VEC_V: tl.constexpr, QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr,
     V_SCALE: tl.constexpr, E4M3_BITS: tl.constexpr, LATENT: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
-    LISTED: tl.constexpr, SPREAD: tl.constexpr, PASS: tl.constexpr,
+    STORED: tl.constexpr,
+    LISTED: tl.constexpr, SPREAD: tl.constexpr, PASS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Go over tiles first to last of keys (from skip_at on, `skip` further; or, LISTED, those that `visited` has at
     these places) and update the state of the online softmax. known_page: `token_pages` of known_tile; SPREAD: `total`
@@ -227,12 +229,18 @@ def attend_tiles(
             else:
                 total = total * rescale + tl.sum(p, 1)
             acc0 = acc0 * rescale[:, None]
-            if V1 > 0:
+            if V1 > 0 or PAIRS:
                 acc1 = acc1 * rescale[:, None]
         else:
             p = s
         if LATENT:
             value0 = key0
+        elif PAIRS:
+            v_tile, v_row = tile_places(
+                v, page, v_page, first_token, within, v_token, VEC_V // 2, PASS, PAGE_SIZE, BLOCK_N
+            )
+            both = load_tile(v_tile, v_row, tl.arange(0, V0 // 2), live, VALUE_DIM // 2, V0 // 2, 0, MASKED)
+            value0, value1 = apart(both, STORED, PV_TYPE, PAIRS == 2)
         else:
             v_tile, v_row = tile_places(v, page, v_page, first_token, within, v_token, VEC_V, PASS, PAGE_SIZE, BLOCK_N)
             value0 = stored(
@@ -243,7 +251,9 @@ def attend_tiles(
             p = p * v_factor[None, :]
         p = p.to(PV_TYPE)
         acc0 = tl.dot(p, value0, acc0, input_precision=PRECISION)  # [BLOCK_M, V0]
-        if V1 > 0:
+        if PAIRS:
+            acc1 = tl.dot(p, value1, acc1, input_precision=PRECISION)
+        elif V1 > 0:
             value1 = stored(
                 load_tile(v_tile, v_row, V0 + tl.arange(0, V1), live, VALUE_DIM, V1, V0, MASKED), PV_TYPE, E4M3_BITS
             )
@@ -265,6 +275,7 @@ def attend(
     QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
     ONE_LOOP: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, SPREAD: tl.constexpr, PASS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One work item for one kv head, or one of its PARTS blocks of rows. Grid: (items * PARTS * KV_HEADS,).
 
@@ -356,6 +367,9 @@ def attend(
     if D1 > 0:
         q1 = q1.to(QK_TYPE)
 
+    STORED: tl.constexpr = v.dtype.element_ty
+    if PAIRS:
+        v = v.to(tl.pointer_type(tl.int16), bitcast=True)
     first, last = kv_lo // BLOCK_N, tl.cdiv(kv_hi, BLOCK_N)
     full_begin, full_end = first, kv_hi // BLOCK_N
     if BOUNDS is not None:
@@ -366,8 +380,8 @@ def attend(
                 first, last, kv_hi, q_pos_lo, q_pos_hi, at, values, BOUNDS, GROUP, BLOCK_N, SCAN
             )  # fmt: skip
 
-    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, 32 if V1 == 0 else V1], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, V0 // 2 if PAIRS else V0], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, V0 // 2 if PAIRS else 32 if V1 == 0 else V1], tl.float32)
     if BOUNDS is not None and BLOCK_M >= 64:
         acc0 = unknown_zeros(flags, BLOCK_M, V0)
         if V1 > 0:
@@ -391,7 +405,7 @@ def attend(
             k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX, KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
             VALUE_DIM, D0, D1, V0, V1,
             PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE, E4M3_BITS, LATENT, RAW,
-            False, False, SPREAD, PASS,
+            False, STORED, False, SPREAD, PASS, PAIRS,
         )  # fmt: skip
     acc0, acc1, top, total = attend_tiles(  # before and after the full tiles
         first, last - (full_end - full_begin), full_begin, full_end - full_begin, known_tile, known_page, acc0,
@@ -399,9 +413,11 @@ def attend(
         first_page, k_page, k_token, v_page, v_token, k_scale_page, v_scale_page, at, values, visited, KEY, KEY_INDEX,
         KEY_LOADS, LOGITS, MASK, SOFTMAX, DIM,
         VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE, BLOCK_N, VEC_K, VEC_V, QK_TYPE, PV_TYPE, PRECISION, K_SCALE, V_SCALE,
-        E4M3_BITS, LATENT, RAW, True, LISTS is not None, SPREAD, PASS,
+        E4M3_BITS, LATENT, RAW, True, STORED, LISTS is not None, SPREAD, PASS, PAIRS,
     )  # fmt: skip
 
+    if PAIRS:
+        acc0 = tl.reshape(tl.join(acc0, acc1), [BLOCK_M, V0])
     state = top
     if SOFTMAX:
         if SPREAD:

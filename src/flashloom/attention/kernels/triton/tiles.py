@@ -88,6 +88,23 @@ def stored(x, TYPE: tl.constexpr, E4M3_BITS: tl.constexpr):
 
 
 @triton.jit
+def apart(pairs, STORED: tl.constexpr, TYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Numbers of TYPE from int16 that hold two 8-bit ones of type STORED each: (the lower ones, the upper ones)."""
+    if ASSEMBLY:  # eight bytes with two instructions, which the compiler does not find
+        low, high = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;",
+            "=&r,=r,r,r",
+            [pairs],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high = pairs.to(tl.int8), (pairs >> 8).to(tl.int8)
+    return low.to(STORED, bitcast=True).to(TYPE), high.to(STORED, bitcast=True).to(TYPE)
+
+
+@triton.jit
 def load_tile(
     base, row, column, row_mask, DIM: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, MASKED: tl.constexpr
 ):
