@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton.language as tl
 from tests.triton.bounds import checked
-from tests.triton.cases import BF16, E4M3, F32, Case, H, alibi, causal, check, gemma, sinks, window
+from tests.triton.cases import BF16, E4M3, E5M2, F16, F32, I8, Case, H, alibi, causal, check, gemma, sinks, window
 from triton.runtime.errors import InterpreterError
 
 import flashloom as fl
@@ -15,6 +15,7 @@ import triton
 from flashloom import dispatch
 from flashloom.attention import triton_executor
 from flashloom.attention.kernels.triton.config import Config
+from flashloom.attention.kernels.triton.tiles import apart, stored
 from flashloom.attention.reference import attention_reference
 
 
@@ -22,6 +23,15 @@ from flashloom.attention.reference import attention_reference
 def copy(source, to, n, limit, BLOCK: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     tl.store(to + lane, tl.load(source + lane, mask=lane < n, other=0), mask=lane < limit)
+
+
+@triton.jit
+def numbers_of_bytes(single, pairs, to, low_to, high_to):
+    lane, half = tl.arange(0, 256), tl.arange(0, 128)
+    tl.store(to + lane, stored(tl.load(single + lane), tl.float16, True))
+    low, high = apart(tl.load(pairs + half), tl.uint8, tl.float16, True, False)
+    tl.store(low_to + half, low)
+    tl.store(high_to + half, high)
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +56,25 @@ def test_what_lies_beyond_a_tensor_is_found(addresses):
         copy[(1,)](first, whole[6:], 7, 8, BLOCK=8)
 
 
+def test_every_byte_as_the_float8_number_it_is():
+    """As on targets without that type: zeros with their sign, subnormals and NaN too."""
+    every = torch.arange(256, dtype=torch.uint8)
+    to, low, high = torch.empty(256, dtype=F16), torch.empty(128, dtype=F16), torch.empty(128, dtype=F16)
+    numbers_of_bytes[(1,)](every, every.view(torch.int16), to, low, high)
+    want = every.view(E4M3).half()
+    for got, expected in ((to, want), (low, want[::2]), (high, want[1::2])):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got.signbit() & ~got.isnan(), expected.signbit() & ~expected.isnan())
+
+
 G = H(8, 2, 32)
 EDGES = [
     Case([1] * 5, [5, 300, 128, 129, 1], G, BF16, E4M3, page_size=16, on_device=True, variant=causal, scales="head"),
     Case([1] * 3, [257, 0, 31], G, BF16, E4M3, page_size=16, layout="HND"),
     Case([1], [200], G, BF16, E4M3, page_size=16),
+    Case([1, 2], [130, 40], H(2, 1, 32, 112), BF16, E4M3, page_size=16, scales="head"),
+    Case([2, 1], [70, 33], H(2, 1, 64), F16, E5M2, kind="ragged", scales="one", variant=causal),
+    Case([1, 1], [140, 5], H(2, 1, 32, 64), BF16, I8, page_size=16, scales="page"),
     Case([1], [1], G, BF16, page_size=1, variant=causal),
     Case([1, 2, 1], [0, 0, 0], G, page_size=256, variant=causal),
     Case([1, 1], [130, 0], G, page_size=128),

@@ -59,7 +59,8 @@ VARIANTS = {
 
 
 def compiled(job):
-    """(shared bytes, registers, bytes of stack per thread, limit of shared bytes, waits for products, products)."""
+    """(shared bytes, registers, bytes of stack per thread, limit of shared bytes, waits for products, products, loads
+    of single bytes from shared memory)."""
     capability, heads, variant, q_dtype, kv_dtype, longest, page_size, requests = job
     program = VARIANTS[variant](heads).program.specialise(heads.dim, heads.value_dim)
     spec = AttentionSpec(heads, program, q_dtype, kv_dtype)
@@ -69,7 +70,7 @@ def compiled(job):
     file = Path(f"{metadata['name']}.cubin")
     file.write_bytes(stages["cubin"])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file)).groups()
-    return metadata["shared"], int(registers), int(stack), shared_limit(capability), *_waits(file)
+    return metadata["shared"], int(registers), int(stack), shared_limit(capability), *_counts(file)
 
 
 def _tool(name, *arguments):
@@ -77,10 +78,10 @@ def _tool(name, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _waits(file):
-    """(waits for products on Hopper, products)."""
+def _counts(file):
+    """(waits for products on Hopper, products, loads of single bytes from shared memory)."""
     code = _tool("nvdisasm", "-c", file)
-    return code.count("WARPGROUP.DEPBAR"), code.count(" HGMMA.")
+    return code.count("WARPGROUP.DEPBAR"), code.count(" HGMMA."), code.count(" LDS.U8 ")
 
 
 def _check(jobs, tmp_path, monkeypatch):
@@ -92,12 +93,14 @@ def _check(jobs, tmp_path, monkeypatch):
             folder.mkdir()
             folders.append((job, pool.submit(_in_folder, folder, job)))
         for job, result in folders:
-            shared, registers, stack, limit, waits, products = result.result()
+            shared, registers, stack, limit, waits, products, single = result.result()
             assert shared <= limit, f"{job}: {shared} bytes of shared memory"
             # a few registers may be saved around the loops; what a loop uses must stay in registers
             assert stack <= 128 or job[1].latent_value, f"{job}: {stack} bytes of stack with {registers} registers"
             # the assembler waits for each product where it cannot see that those under way are left alone
             assert 2 * waits <= products, f"{job}: {waits} waits for {products} products"
+            # a value of 8 bits must not be fetched alone, nor is it for decode
+            assert single <= 8 or job[5] > 1, f"{job}: {single} loads of single bytes"
 
 
 def _in_folder(folder, job):
@@ -159,7 +162,7 @@ def test_kernels_of_block_patterns_keep_copies_and_products_in_flight(tmp_path):
         assert stages["ptx"].count("cp.async.cg") >= 3 * config.num_stages
         assert "st.local" not in stages["ptx"]
         (tmp_path / "kernel.cubin").write_bytes(stages["cubin"])
-        waits, products = _waits(tmp_path / "kernel.cubin")
+        waits, products, _ = _counts(tmp_path / "kernel.cubin")
         assert 2 * waits <= products, f"{waits} waits for {products} products"
 
 

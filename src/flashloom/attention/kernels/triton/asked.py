@@ -127,9 +127,16 @@ def attend_kernel(
     elements = 2048 * config.num_warps
     # a row is summed once, after the loop, where registers are left: the conversion of 8-bit numbers takes many
     spread = spec.program.softmax and config.block_m == 16 and (spec.kv_dtype.itemsize > 1 or config.block_n <= 64)
+    # 8-bit values: a 16-bit transpose on the way to the registers, for 8 bits there is none; halves of 16 columns would
+    # be too few, as in `split`
     pairs = (
-        spec.kv_dtype.itemsize == 1 and form.aligned and not bits and not latent and v1 == 0 and config.block_m == 16
+        spec.kv_dtype.itemsize == 1
+        and form.aligned
+        and not latent
+        and (v0 >= 64 and v1 == 0 and heads.value_dim % 2 == 0)
+        and config.block_m <= 32
     )
+    assembly = target.name.startswith("sm") and not interpreting()
     sizes = {"q": spec.q_dtype, "k": spec.kv_dtype, "v": spec.kv_dtype, "out": form.out_dtype}
     vector = {name: 16 // dtype.itemsize if form.aligned else 1 for name, dtype in sizes.items()}
     signature: dict[str, Any] = {name: pointer(dtype) for name, dtype in sizes.items()}
@@ -164,7 +171,7 @@ def attend_kernel(
         "PRECISION": precision, "K_SCALE": 2 if form.page_scales else 1, "V_SCALE": 2 if form.page_scales else 1,
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
         "ONE_LOOP": config.block_m == 16 or lists is not None, "PARTS": count, "LISTS": lists,
-        "SPREAD": spread, "PAIRS": (1 if interpreting() else 2) if pairs else 0,
+        "SPREAD": spread, "PAIRS": (2 if assembly else 1) if pairs else 0,
         "PASS": max(32 * config.num_warps * 16 // (d0 * spec.kv_dtype.itemsize), 1),
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))

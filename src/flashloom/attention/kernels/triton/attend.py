@@ -240,7 +240,7 @@ def attend_tiles(
                 v, page, v_page, first_token, within, v_token, VEC_V // 2, PASS, PAGE_SIZE, BLOCK_N
             )
             both = load_tile(v_tile, v_row, tl.arange(0, V0 // 2), live, VALUE_DIM // 2, V0 // 2, 0, MASKED)
-            value0, value1 = apart(both, STORED, PV_TYPE, PAIRS == 2)
+            value0, value1 = apart(both, STORED, PV_TYPE, E4M3_BITS, PAIRS == 2)
         else:
             v_tile, v_row = tile_places(v, page, v_page, first_token, within, v_token, VEC_V, PASS, PAGE_SIZE, BLOCK_N)
             value0 = stored(
@@ -287,6 +287,8 @@ def attend(
     items int32 [*, 16]; part_out float32 [slots, KV_HEADS, PARTS * BLOCK_M, VALUE_DIM]; part_lse without the last;
     arrivals int32 [tiles, PARTS, KV_HEADS], zero before and after. flags: bit 0 store lse, bit 1 partial. NEGATIVE:
     sm_scale is. SPREAD: row sums are kept by key of a tile. PASS: rows of a tile that all threads copy at a time.
+    PAIRS: 8-bit values are read as int16, two columns each, and taken apart in registers (2: by assembly); until the
+    end acc0 has the even columns and acc1 the odd ones.
     LISTS: where in `values` the two lists of visited tiles begin (`triton_blocks.LISTS`), or None.
     """
     kv_head = tl.program_id(0) % KV_HEADS

@@ -78,17 +78,17 @@ def stored(x, TYPE: tl.constexpr, E4M3_BITS: tl.constexpr):
     type)."""
     if E4M3_BITS:
         bits = x.to(tl.uint16)
-        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(
-            tl.float16, bitcast=True
-        ) * 256.0  # exact, subnormals too
-        number = tl.where((bits & 0x7F) == 0x7F, float("nan"), half).to(TYPE)
+        size = bits & 0x7F
+        nan = ((size + 1) & 0x80) << 7  # the bit that makes a NaN of 0x7F alone
+        half = (((bits & 0x80) << 8) | (size << 7) | nan).to(tl.float16, bitcast=True)
+        number = (half * 256.0).to(TYPE)  # exact, subnormals too
     else:
         number = x.to(TYPE)
     return number
 
 
 @triton.jit
-def apart(pairs, STORED: tl.constexpr, TYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+def apart(pairs, STORED: tl.constexpr, TYPE: tl.constexpr, E4M3_BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Numbers of TYPE from int16 that hold two 8-bit ones of type STORED each: (the lower ones, the upper ones)."""
     if ASSEMBLY:  # eight bytes with two instructions, which the compiler does not find
         low, high = tl.inline_asm_elementwise(
@@ -101,7 +101,8 @@ def apart(pairs, STORED: tl.constexpr, TYPE: tl.constexpr, ASSEMBLY: tl.constexp
         )
     else:
         low, high = pairs.to(tl.int8), (pairs >> 8).to(tl.int8)
-    return low.to(STORED, bitcast=True).to(TYPE), high.to(STORED, bitcast=True).to(TYPE)
+    low, high = low.to(STORED, bitcast=True), high.to(STORED, bitcast=True)
+    return stored(low, TYPE, E4M3_BITS), stored(high, TYPE, E4M3_BITS)
 
 
 @triton.jit
