@@ -81,7 +81,7 @@ def _tool(name, *arguments):
 def _counts(file):
     """(waits for products on Hopper, products, loads of single bytes from shared memory)."""
     code = _tool("nvdisasm", "-c", file)
-    return code.count("WARPGROUP.DEPBAR"), code.count(" HGMMA."), code.count(" LDS.U8 ")
+    return code.count("WARPGROUP.DEPBAR"), code.count(" HGMMA."), code.count(" LDS.U8 ") + code.count(" LDS.S8 ")
 
 
 def _check(jobs, tmp_path, monkeypatch):
