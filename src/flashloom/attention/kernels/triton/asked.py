@@ -125,8 +125,6 @@ def attend_kernel(
         max(4096 // v0, 4),
     )
     elements = 2048 * config.num_warps
-    # a row is summed once, after the loop, where registers are left: the conversion of 8-bit numbers takes many
-    spread = spec.program.softmax and config.block_m == 16 and (spec.kv_dtype.itemsize > 1 or config.block_n <= 64)
     # 8-bit values: a 16-bit transpose on the way to the registers, for 8 bits there is none; halves of 16 columns would
     # be too few, as in `split`
     pairs = (
@@ -136,6 +134,9 @@ def attend_kernel(
         and (v0 >= 64 and v1 == 0 and heads.value_dim % 2 == 0)
         and config.block_m <= 32
     )
+    # a row is summed once, after the loop, where registers are left: the conversion of single bytes takes many
+    few = pairs or spec.kv_dtype.itemsize > 1 or config.block_n <= 64
+    spread = spec.program.softmax and config.block_m == 16 and few
     assembly = target.name.startswith("sm") and not interpreting()
     sizes = {"q": spec.q_dtype, "k": spec.kv_dtype, "v": spec.kv_dtype, "out": form.out_dtype}
     vector = {name: 16 // dtype.itemsize if form.aligned else 1 for name, dtype in sizes.items()}
