@@ -81,7 +81,7 @@ def _compile(number: int) -> float:
         return time.perf_counter() - start
     chosen = replace(asked.choose(spec, mean, page), **changes)
     asked.plan_kernel(spec, chosen, page > 0, Target("sm90")).entry()
-    asked.attend_kernel(spec, asked.Form(BF16), chosen, page, Target("sm90")).entry()
+    asked.attend_kernel(spec, asked.usual(spec, chosen, page), chosen, page, Target("sm90")).entry()
     return time.perf_counter() - start
 
 
