@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from dataclasses import dataclass, replace
@@ -112,6 +113,27 @@ def test_kernels_of_a_plan():
         assert kinds("sm90", 500, page_size) == {"GluonKernel", "TritonKernel"}
     for other in (("sm90", 1, 16), ("sm80", 500, 16), ("sm100", 500, 16)):
         assert kinds(*other) == {"TritonKernel"}
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page_size", [8, 24, 256])
+def test_maps_of_pages_in_chunks(page_size, layout):
+    """What the maps of keys and values show is the tensor, also where rows have something beside them."""
+    found = set()
+    for pages, heads, dim, beside in itertools.product((1, 3), (1, 2, 3), (128, 256), (0, 8, 64)):
+        middle = (page_size, heads) if layout == "NHD" else (heads, page_size)
+        x = torch.arange(pages * heads * page_size * (dim + beside)).view(pages, *middle, dim + beside)[..., :dim]
+        x = x if layout == "NHD" else x.transpose(1, 2)
+        made = asked.chunk_map(tuple(x.shape), x.stride()[:3])
+        found.add(made is not None)
+        assert (made is None) == (heads > 1 and layout == "NHD" and beside > 0)
+        if made is not None:
+            sizes, strides, (groups, chunks) = made
+            seen = x.as_strided(sizes, (*strides, 1))
+            for head in range(heads):
+                part = seen[:, head * groups :, head * chunks :][:, : page_size // 8, : dim // 64].transpose(2, 3)
+                assert torch.equal(part.reshape(pages, page_size, dim), x[:, :, head])
+    assert True in found
 
 
 @pytest.mark.parametrize("variant", [fl.sigmoid(-1.0), fl.rope(64)], ids=str)

@@ -116,8 +116,8 @@ def chunk_map(
     sizes: tuple[int, ...], strides: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
     """Of keys or values [pages, page tokens, kv heads, dim] with strides of the first three: sizes and strides of the
-    tensor map, and the steps from head to head in groups of 8 tokens and in chunks. None: it would need a dimension
-    more than tensor maps have."""
+    tensor map, and the steps from head to head in groups of 8 tokens and in chunks. None: heads lie neither
+    side by side in a token nor page by page."""
     pages, tokens, heads, dim = sizes
     page, token, head = strides
     n, groups = chunks(dim), tokens // 8
