@@ -126,6 +126,9 @@ class TritonKernel:
 
     def compile(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(texts and binaries by stage, metadata), without a store and without Triton's cache folder."""
+        from flashloom.kernel import apart
+
+        apart.ours(self.target.name)
         with _importing:  # Triton cannot be imported by several threads at a time
             import triton.compiler  # noqa: F401
         from triton._C.libtriton import ir
@@ -167,14 +170,21 @@ class TritonKernel:
         """The constants as Triton takes them."""
         return {name: value.load() if hasattr(value, "identity") else value for name, value in self.constants.items()}
 
-    def _build(self, folder: Path) -> dict[str, Any]:
+    def binary(self) -> tuple[bytes, dict[str, Any]]:
+        """The machine code, and what is kept of the metadata, as JSON has it."""
         results, metadata = self.compile()
-        (folder / "kernel.cubin").write_bytes(results["cubin"])
         kept = {
             key: metadata.get(key, 0)
             for key in ("name", "shared", "num_warps", "global_scratch_size", "profile_scratch_size")
         }
-        return json.loads(json.dumps(kept))
+        return results["cubin"], json.loads(json.dumps(kept))
+
+    def _build(self, folder: Path) -> dict[str, Any]:
+        from flashloom.kernel import apart  # what is stored does without
+
+        code, kept = self.binary() if apart.ours(self.target.name) else apart.compiled(self)
+        (folder / "kernel.cubin").write_bytes(code)
+        return kept
 
 
 class _NoLineInfo:
