@@ -140,4 +140,4 @@ def test_nothing_that_was_stored_is_unpickled():
     )
     names = {str(Path(line).relative_to(source)) for line in found.stdout.splitlines() if line.endswith(".py")}
     # what goes to a child of this process, through its stdin, as multiprocessing does
-    assert names == {"tune/child.py", "tune/trial.py"}
+    assert names == {"kernel/apart.py", "tune/child.py", "tune/trial.py"}

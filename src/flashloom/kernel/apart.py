@@ -6,6 +6,7 @@ any other target would get instructions that it lacks, or other bytes than elsew
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -40,10 +41,11 @@ def compiled(kernel: TritonKernel) -> tuple[bytes, dict[str, Any]]:
     what = f"compiling {kernel.name} for {kernel.target} in a process of its own"
     if done.returncode:
         raise RuntimeError(f"{what} ended with status {done.returncode}")
-    answer = pickle.loads(done.stdout)
-    if isinstance(answer, str):
-        raise RuntimeError(f"{what} failed: {answer}")
-    return answer
+    said, _, code = done.stdout.partition(b"\n")
+    answer = json.loads(said)
+    if "error" in answer:
+        raise RuntimeError(f"{what} failed: {answer['error']}")
+    return code, answer["kept"]
 
 
 def main() -> None:
@@ -51,11 +53,12 @@ def main() -> None:
     os.dup2(2, 1)  # what a compiler prints must not be taken for the answer
     path, made = pickle.load(sys.stdin.buffer)
     sys.path[:] = path
+    code, answer = b"", {}
     try:
-        answer: Any = pickle.loads(made).binary()
+        code, answer["kept"] = pickle.loads(made).binary()
     except Exception as error:
-        answer = f"{type(error).__name__}: {error}"
-    answers.write(pickle.dumps(answer))
+        answer["error"] = f"{type(error).__name__}: {error}"
+    answers.write(json.dumps(answer).encode() + b"\n" + code)
     answers.close()
 
 
