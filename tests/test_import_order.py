@@ -11,7 +11,7 @@ import flashloom
 
 ROOT = Path(flashloom.__file__).parent
 LAYERS = [
-    {"dataclass", "settings", "target", "doctor"},
+    {"dataclass", "forked", "settings", "target", "doctor"},
     {"variant"},
     {"lower"},
     {"store"},

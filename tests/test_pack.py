@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,97 @@ def test_a_pack_has_what_plans_on_a_gpu_ask_for(model):
         for form in dispatch_forms(one.spec):
             kernel = asked.attend_kernel(one.spec, form, config, 16, Target("sm90"))
             assert store.digest(kernel.fields) in pack._kernels, (requests, longest, mean, config)
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "deepseek"])
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.int8])
+def test_a_pack_has_the_kernels_of_append(model, kv_dtype, monkeypatch):
+    """Tokens of the queries' dtype and of the cache's own, with scales and without: what `fl.append` launches."""
+    pytest.importorskip("triton", reason="GPU kernels are written in Triton")
+    from flashloom.attention import triton_append
+
+    config = {"num_attention_heads": 16, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 128}
+    one = serving.attentions(config if model == "deepseek" else serving.model_config(model), kv_dtype=kv_dtype)[0]
+    pack = fl.Pack(targets=["sm90"]).add(one, [fl.Workload("a", one.heads, (1, 1), (5, 6), 16)])
+    launched = []
+    monkeypatch.setattr(triton_append, "_launchers", {})
+    monkeypatch.setattr(
+        triton_append.launch, "launcher", lambda kernel, device: launched.append(kernel) or (lambda *words: None)
+    )
+    scale = torch.ones(1)
+    for scales in ({}, {"k_scale": scale}, {"k_scale": scale, "v_scale": scale}):
+        if one.heads.latent_value and len(scales) == 1:
+            continue
+        cache = fl.PagedKVCache(1, 2, 16, one.heads, dtype=one.kv_dtype, device="cpu", **scales)
+        for dtype in {one.dtype, one.kv_dtype}:
+            k = torch.zeros(3, one.heads.kv_heads, one.heads.dim, dtype=dtype)
+            v = None if one.heads.latent_value else torch.zeros(3, one.heads.kv_heads, one.heads.value_dim, dtype=dtype)
+            triton_append.append(cache[0], k, v, torch.arange(3))
+    assert len(launched) >= 2
+    assert {store.digest(kernel.fields) for kernel in launched} <= set(pack._kernels)
+
+
+def test_a_lesser_target_of_a_pack_serves(fresh, tmp_path, monkeypatch):
+    """A pack without kernels for the best target of this machine, which compiles nothing."""
+    best = Target.here()
+    if not best.lesser:
+        pytest.skip(f"{best} is the least target")
+    one = attention(fl.causal & fl.softcap(3.0))
+    pack = fl.Pack(targets=best.lesser).add(one, [batch(3)])
+    pack.build(tmp_path / "lesser.loom")
+    q, k, v = torch.randn(3, 4, 64), torch.randn(3, 2, 64), torch.randn(3, 2, 64)
+    settings.configure(cache_dir=tmp_path / "empty")
+    fresh()
+    fl.use(pack, on_miss="error")
+    with pytest.warns(RuntimeWarning, match=f"runs kernels for {best.lesser[0]} on this {best} machine") as said:
+        plan = one.plan(batch(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        one.plan(batch(2))
+    assert len([w for w in said if "runs kernels for" in str(w.message)]) == 1
+    assert f"compiled for {best.lesser[0]}" in plan.explain()
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k.double().repeat_interleave(2, 1)) / 8
+    scores = (3 * torch.tanh(scores / 3)).masked_fill(~torch.ones(3, 3).tril().bool(), -torch.inf)
+    want = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.double().repeat_interleave(2, 1))
+    torch.testing.assert_close(plan.run(q, (k, v)).double(), want, atol=1e-5, rtol=1e-5)
+    settings.configure(target=best.name)  # who names a target gets that one
+    fresh()
+    fl.use(pack, on_miss="error")
+    with pytest.raises(fl.SealedError, match="target"):
+        one.plan(batch(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_sealed_serving_from_a_pack_appends_and_decodes(fresh, tmp_path, monkeypatch):
+    """A pack made from shapes alone serves a loop of steps, from the prompt on, in a process that compiles nothing."""
+    from flashloom.attention import triton_append
+
+    heads = fl.HeadShape(8, 2, 128)
+    one = fl.Attention(heads, variant=fl.causal, dtype=torch.bfloat16, device="cuda")
+    pack = fl.Pack(targets=[Target.of(one.device)]).add(one, serving.steps(heads, 16))
+    pack.build(tmp_path / "serve.loom")
+    settings.configure(cache_dir=tmp_path / "empty")
+    fresh()
+    monkeypatch.setattr(triton_append, "_launchers", {})
+    fl.use(pack, on_miss="error")
+    cache = fl.PagedKVCache(layers=1, pages=16, page_size=16, heads=heads, dtype=torch.bfloat16, device="cuda")
+    keys, values = [], []
+    for length in (37, 38, 39, 40):
+        new = length if length == 37 else 1
+        pages = fl.PageTable.from_block_table(torch.arange(16).view(1, 16).cuda(), [length], page_size=16)
+        step = fl.Batch(q_lens=[new], kv=pages)
+        q = torch.randn(new, 8, 128, device="cuda").bfloat16()
+        k, v = torch.randn(2, new, 2, 128, device="cuda").bfloat16()
+        fl.append(cache[0], k, v, step.slots())
+        out = one.plan(step).run(q, cache[0]).double()
+        keys.append(k.double().repeat_interleave(4, 1))
+        values.append(v.double().repeat_interleave(4, 1))
+        scores = torch.einsum("qhd,khd->hqk", q.double(), torch.cat(keys)) / 128**0.5
+        seen = torch.arange(length, device="cuda") <= torch.arange(length - new, length, device="cuda")[:, None]
+        want = torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), torch.cat(values))
+        assert (out - want).norm() < 1e-2 * want.norm()
+    assert store.counters().builds == 0
 
 
 def dispatch_forms(spec):

@@ -29,8 +29,9 @@ ATTENTION: dict[str, list[str]] = {
         "flashloom.attention.reference:ReferenceExecutor",
     ],
 }
-#: Kernels of `fl.append` by kind of device, called as append_reference is; without one the reference serves.
-APPEND: dict[str, str] = {"cuda": "flashloom.attention.triton_append:append"}
+#: Modules with kernels of `fl.append` by kind of device: `append` is called as append_reference is, which serves where
+#: there is none, and `append_kernels` answers the kernels that it launches.
+APPEND: dict[str, str] = {"cuda": "flashloom.attention.triton_append"}
 
 _only: ContextVar[str | None] = ContextVar("flashloom_executor", default=None)
 _warned: set[str] = set()
@@ -164,4 +165,11 @@ def _cannot_build(name: str, error: Exception) -> str:
 def append_kernel(device: torch.device) -> Callable[..., None] | None:
     """The kernel that writes tokens into a cache on this device, if there is one."""
     name = APPEND.get(device.type)
-    return None if name is None else _find(name)
+    return None if name is None else _find(f"{name}:append")
+
+
+def append_kernels(spec: AttentionSpec, target: Target) -> list[Kernel]:
+    """The kernels that `fl.append` takes from the store on a target, for caches of such layers; [] where torch
+    serves."""
+    name = APPEND.get("cpu" if target.is_cpu else "cuda")
+    return [] if name is None else _find(f"{name}:append_kernels")(spec, target)

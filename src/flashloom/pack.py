@@ -25,7 +25,8 @@ __all__ = ["Pack", "prepare"]
 
 
 def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch], *, jobs: int | None = None) -> None:
-    """Build all kernels that plans for these batches need, side by side, so that later plans find them.
+    """Build all kernels that plans for these batches and `fl.append` for their caches need, side by side, so that
+    later plans find them.
 
     Processes that prepare the same kernels at the same time share the work. jobs: plans made at a time, by default as
     many as
@@ -36,7 +37,10 @@ def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch]
     random.Random(os.getpid()).shuffle(asked)  # so that processes begin with different kernels
     with ThreadPoolExecutor(jobs or job_limit(), "flashloom-prepare") as pool:
         here = [contextvars.copy_context() for _ in asked]  # with the records in force
-        for _ in pool.map(lambda context, one: context.run(one[0].plan, one[1]), here, asked):
+        plans = pool.map(lambda context, one: context.run(one[0].plan, one[1]), here, asked)
+        places = {(plan.attention.spec, plan.device) for plan in plans}
+        appends = [kernel for spec, device in places for kernel in dispatch.append_kernels(spec, Target.of(device))]
+        for _ in pool.map(lambda kernel: kernel.entry(), {store.digest(k.fields): k for k in appends}.values()):
             pass
     store.finish()
 
@@ -61,16 +65,17 @@ class Pack:
         self._records: dict[str, Record] = {}
 
     def add(self, attention: Attention, workloads: Iterable[Workload | Batch]) -> Pack:
-        """Add what plans of `attention` for these workloads or batches need, on every target.
+        """Add what plans of `attention` for these workloads or batches need, and what `fl.append` does for its caches,
+        on every target. Tokens are appended in the queries' dtype or in the cache's own.
 
         Tuning records in force for it (see `fl.autotune`) travel along, with the kernels of their configs. Raises
         ValueError when a target has no kernel for it.
         """
         shapes = dict.fromkeys(_shape(workload) for workload in workloads)
         for target in self.targets:
-            for shape in shapes:
-                for kernel in dispatch.kernels(attention.spec, target, *shape):
-                    self._kernels.setdefault(store.digest(kernel.fields), kernel)
+            needed = [kernel for shape in shapes for kernel in dispatch.kernels(attention.spec, target, *shape)]
+            for kernel in needed + dispatch.append_kernels(attention.spec, target):
+                self._kernels.setdefault(store.digest(kernel.fields), kernel)
             for record, choice in tuned_for(attention.spec, target):
                 self._records[record.key.key] = record
                 page_size = dict(zip(record.sizes, record.bucket))["page_size"]

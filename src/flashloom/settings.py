@@ -209,6 +209,14 @@ _current: Settings | None = None
 _handler: logging.Handler | None = None
 
 
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that held it is not in this process
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def get() -> Settings:
     """The settings in force, read from the environment at the first call."""
     global _current

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import platform
 import re
+from typing import Any
 
 from flashloom import settings
 from flashloom.dataclass import dataclass
@@ -78,6 +79,24 @@ class Target:
         Raises ValueError when the setting names a target that this machine cannot run.
         """
         return _here(settings.get().target)
+
+    @classmethod
+    def of(cls, device: Any) -> Target:
+        """That of a torch.device: the GPU's, or `here()` for the CPU."""
+        if device.type == "cpu":
+            return cls.here()
+        import torch
+
+        return cls("sm{}{}".format(*torch.cuda.get_device_capability(device)))
+
+    @property
+    def lesser(self) -> list[Target]:
+        """CPU targets whose code runs wherever this one's does, the best first."""
+        names = list(CPU_TARGETS)
+        mine = set(CPU_TARGETS[self.name]) if self.is_cpu else set()
+        after = names[names.index(self.name) + 1 :] if self.is_cpu else []
+        same = [name for name in after if (name == "aarch64") == (self.name == "aarch64")]
+        return [Target(name) for name in same if set(CPU_TARGETS[name]) <= mine]
 
 
 @functools.lru_cache

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashloom import dispatch, records, settings
+from flashloom import dispatch, forked, records, settings
 from flashloom.attention import check, pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
@@ -107,6 +107,7 @@ class Plan:
     def __init__(self, attention: Attention, batch: Batch, reserve: Reserve | None):
         if reserve is not None and not isinstance(reserve, Reserve):
             raise TypeError(f"reserve is {type(reserve).__name__}: give a Reserve(requests=, tokens=, pages=)")
+        forked.in_use = True
         self.attention, self._reserve = attention, reserve
         heads, self._device = attention.heads, attention.device
         self._program, self._variant, self._values = attention.variant.program, attention.variant, attention.values
@@ -143,6 +144,11 @@ class Plan:
         self.handle = next(_handles)
         PLANS[self.handle] = self
         _log.debug("planned %s with %s for %s", batch, self._executor.name, attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._device
 
     # --- run ---
 

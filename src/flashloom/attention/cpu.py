@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import struct
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashloom import settings
+from flashloom import forked, settings, store
 from flashloom.attention import pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.blocks import Pattern
@@ -86,10 +88,38 @@ def kernel(spec: AttentionSpec, target: Target, config: Config = DEFAULT) -> cpp
 
 
 @functools.lru_cache(maxsize=4096)
-def _functions(spec: AttentionSpec, target: Target, vector_decode: int, decode_keys: int) -> tuple[Any, Any]:
-    built = kernel(spec, target, Config(vector_decode=vector_decode, decode_keys=decode_keys))
-    module = cpp.build(built.source, [HEADERS], target, built.defines, built.name, built.parts)
-    return module.get_function("schedule"), module.get_function("run")
+def _functions(spec: AttentionSpec, target: Target, vector_decode: int, decode_keys: int) -> tuple[Target, Any, Any]:
+    """The target that serves, this one or a lesser, and the kernel's functions."""
+    config = Config(vector_decode=vector_decode, decode_keys=decode_keys)
+    try:
+        built = kernel(spec, target, config)
+        module = cpp.build(built.source, [HEADERS], target, built.defines, built.name, built.parts)
+    except (store.SealedError, store.NoToolchain) as error:
+        built = _lesser(spec, target, config, error)
+        module = cpp.build(built.source, [HEADERS], built.target, built.defines, built.name, built.parts)
+    return built.target, module.get_function("schedule"), module.get_function("run")
+
+
+def _lesser(spec: AttentionSpec, target: Target, config: Config, error: Exception) -> cpp.CppKernel:
+    """The stored kernel of the best lesser target, where the best one's cannot be had; raises `error` if there is none,
+    or if FLASHLOOM_TARGET names the target."""
+    for other in target.lesser if settings.get().target is None else ():
+        found = kernel(spec, other, config)
+        if found.stored() is not None:
+            if (target, other) not in _told:
+                _told.add((target, other))
+                warnings.warn(
+                    f"flashloom runs kernels for {other} on this {target} machine, since those for {target} are not "
+                    f"stored and cannot be built here: add {target} to the pack's targets, or set "
+                    f"FLASHLOOM_TARGET={other} to have no others",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return found
+    raise error
+
+
+_told: set[tuple[Target, Target]] = set()
 
 
 class _Spare:
@@ -114,6 +144,10 @@ class _Spare:
                 return self._free.pop(min(fits, key=lambda i: self._free[i].nbytes))
         return np.empty(size, dtype=np.uint8)
 
+    def renew(self) -> None:
+        """In a forked child: whoever held the lock is not there."""
+        self._lock = threading.Lock()
+
     def give(self, x: np.ndarray | None) -> None:
         """Keep a buffer that nobody uses any more; the oldest one goes. Takes no lock: garbage collection calls this
         at any point, also within `take`."""
@@ -130,6 +164,7 @@ PAGE = 4096
 _HOST = torch.device("cpu")
 POOLED = ("scratch", "workspace")
 SPARE = _Spare()
+os.register_at_fork(after_in_child=SPARE.renew)
 
 
 class CpuExecutor:
@@ -140,7 +175,7 @@ class CpuExecutor:
 
     def __init__(self, spec: AttentionSpec, device: torch.device):
         self._spec = spec
-        self.target = Target.here()
+        self.target = Target.here()  # until plan() knows better
         self._args = Args()
         self._address = ctypes.addressof(self._args)
         self._args.batch_invariant = spec.batch_invariant
@@ -195,7 +230,9 @@ class CpuExecutor:
             self._spec = replace(self._spec, program=self._pattern.program(self._spec.program))
             self._words = _Words(self._spec.program)
         config = self.config = self.tuned(batch) or DEFAULT
-        self._schedule, self._run = _functions(self._spec, self.target, config.vector_decode, config.decode_keys)
+        self.target, self._schedule, self._run = _functions(
+            self._spec, Target.here(), config.vector_decode, config.decode_keys
+        )
         self._follow(batch)
 
     def update(self, batch: Batch) -> None:
@@ -360,7 +397,7 @@ def _nothing() -> None:
 
 def _threads() -> int:
     """Threads that kernels run on."""
-    return settings.get().threads or torch.get_num_threads()
+    return 1 if forked.one_thread else settings.get().threads or torch.get_num_threads()
 
 
 def _address(x: torch.Tensor) -> int:

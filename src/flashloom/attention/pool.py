@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 
@@ -15,6 +16,14 @@ __all__ = ["claim", "describe", "held", "totals"]
 _lock = threading.RLock()
 #: Bytes by the object that owns them; an owner that is gone owns nothing.
 _claims: weakref.WeakKeyDictionary[object, tuple[torch.device, int]] = weakref.WeakKeyDictionary()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that held it is not in this process
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def held(device: torch.device, but: object = None) -> int:

@@ -3,10 +3,12 @@ is."""
 
 from __future__ import annotations
 
+import os
 import threading
 
 import torch
 
+from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton.asked import KERNELS
 from flashloom.kernel import launch
 from flashloom.kernel.source import Source
@@ -14,7 +16,7 @@ from flashloom.kernel.triton import TritonKernel, pointer
 from flashloom.kv_cache.cache import KV, LARGEST
 from flashloom.target import Target
 
-__all__ = ["append", "append_kernel"]
+__all__ = ["append", "append_kernel", "append_kernels"]
 
 ROWS = 8
 STRIDES = (
@@ -23,6 +25,26 @@ STRIDES = (
 )  # fmt: skip
 _launchers: dict[tuple, launch.Launcher] = {}
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread that held it is not in this process
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def append_kernels(spec: AttentionSpec, target: Target) -> list[TritonKernel]:
+    """Those that write tokens of the queries' dtype or of the cache's own into caches of such layers, with scales and
+    without."""
+    heads = spec.heads
+    sizes = (heads.kv_heads, heads.dim, heads.value_dim)
+    return [
+        append_kernel(tokens, spec.kv_dtype, *sizes, scaled, not heads.latent_value, target)
+        for tokens in dict.fromkeys((spec.out_dtype, spec.kv_dtype))
+        for scaled in (False, True)
+    ]
 
 
 def append_kernel(
@@ -59,9 +81,7 @@ def append(kv: KV, k: torch.Tensor, v: torch.Tensor | None, slots: torch.Tensor)
     if kernel is None:
         with _lock:
             if key not in _launchers:
-                target = Target("sm90")
-                if k.is_cuda:
-                    target = Target("sm{}{}".format(*torch.cuda.get_device_capability(k.device)))
+                target = Target.of(k.device) if k.is_cuda else Target("sm90")  # of no meaning in the interpreter
                 _launchers[key] = launch.launcher(append_kernel(*key[:-1], target), k.device)
             kernel = _launchers[key]
     values = k if v is None else v.to(k.dtype)

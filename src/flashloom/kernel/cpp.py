@@ -90,6 +90,10 @@ class CppKernel:
             label=f"{self.name} {self.target}",
         )
 
+    def stored(self) -> store.Entry | None:
+        """The compiled kernel if it is stored."""
+        return store.find(self.fields, lambda: find_compiler().identity)
+
     def load(self) -> Module:
         """The compiled kernel, loaded; raises what ``entry`` raises. An entry that does not load is set aside and
         built anew.

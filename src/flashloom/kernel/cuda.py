@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +92,28 @@ def _loading() -> Iterator[None]:
         yield
     finally:
         _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
+def _after_fork() -> None:
+    """In the child of a process that used a GPU: whatever would call the driver says what is wrong at once."""
+    global _use_context, copy_to_device
+    if torch.cuda._is_in_bad_fork():
+        _use_context = copy_to_device = Launch._fire = _no_gpu  # type: ignore[assignment]
+        Function.__del__ = _leave  # type: ignore[method-assign]
+
+
+def _no_gpu(*arguments: object) -> None:
+    raise RuntimeError(
+        "this process was forked from one that used a GPU, and CUDA does not work across a fork: start it with "
+        'multiprocessing.get_context("spawn"), or compute on the CPU here'
+    )
+
+
+def _leave(function: Function) -> None:
+    """The module belongs to the parent."""
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Function:

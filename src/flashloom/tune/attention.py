@@ -216,7 +216,7 @@ class AttentionOperator:
             list(pool.map(build, kernels))
 
     def _gpu(self) -> Target:
-        return Target("sm{}{}".format(*torch.cuda.get_device_capability(self.device)))
+        return Target.of(self.device)
 
 
 class _Traced(Variant):
