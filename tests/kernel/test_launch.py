@@ -72,7 +72,7 @@ def driver(monkeypatch):
     made = Driver()
     monkeypatch.setattr(cuda, "_driver", lambda: made)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
+    monkeypatch.setattr(cuda, "raw_stream", lambda index: 5)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(dispatch, "choose", lambda spec, device: [(OnDriver, None)])
     return made

@@ -11,6 +11,7 @@ import torch
 
 import flashloom as fl
 from flashloom.attention import triton_buffers
+from flashloom.kernel import cuda
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_none_is_lost_where_plans_go_in_several_threads(leaving):
 def test_host_numbers_lie_side_by_side_where_the_planner_reads_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
+    monkeypatch.setattr(cuda, "raw_stream", lambda index: 5)
     marks = []
     event = SimpleNamespace(record=lambda stream: marks.append("record"), synchronize=lambda: marks.append("wait"))
     event.query = lambda: True

@@ -17,7 +17,7 @@ from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.rows import like
 from flashloom.attention.shape import HeadShape
-from flashloom.kernel.cuda import stream_of
+from flashloom.kernel import cuda
 from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout
 from flashloom.kv_cache.views import as_kv
 from flashloom.variant import full
@@ -330,17 +330,17 @@ class Plan:
 
     def _check_stream(self) -> None:
         """One stream at a time: another one waits for the work on the former (unless that is being captured)."""
-        stream = torch._C._cuda_getCurrentRawStream(self._device.index)
+        stream = cuda.raw_stream(self._device.index)
         if stream and not self._captured:
             self._captured = torch.cuda.is_current_stream_capturing()
         if stream != self._stream:
             if self._stream is not None and not torch.cuda.is_current_stream_capturing():
-                former = stream_of(self._stream, self._device)
+                former = cuda.stream_of(self._stream, self._device)
                 if not former.query():
                     torch.cuda.current_stream(self._device).wait_stream(former)
             if self._stream is not None and hasattr(self._executor, "buffers"):
                 for x in self._executor.buffers():  # whoever gets this memory next waits for this stream, too
-                    x.record_stream(stream_of(stream, self._device))
+                    x.record_stream(cuda.stream_of(stream, self._device))
             self._stream = stream
 
     # --- update ---

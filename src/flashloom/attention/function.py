@@ -17,6 +17,7 @@ from flashloom.attention.attention import Attention, Plan
 from flashloom.attention.batch import Batch
 from flashloom.attention.executor import guard
 from flashloom.attention.shape import HeadShape
+from flashloom.kernel import cuda
 from flashloom.kv_cache.pages import DenseKV, RaggedKV
 from flashloom.variant import full
 from flashloom.variant.variant import Variant
@@ -98,7 +99,7 @@ def attention(
     key = None
     if type(q) is type(k) is torch.Tensor and not return_lse and (sm_scale is None or type(sm_scale) is float):
         device = q.get_device()
-        stream = torch._C._cuda_getCurrentRawStream(device) if device >= 0 else 0
+        stream = cuda.raw_stream(device) if device >= 0 else 0
         key = (id(variant), sm_scale, device, stream, q.shape, k.shape)
         call = _recent.calls.get(key)
         if (
@@ -177,7 +178,7 @@ def _remember(
 
 
 def _plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> Plan:
-    stream = torch._C._cuda_getCurrentRawStream(q.device.index) if q.is_cuda else None
+    stream = cuda.raw_stream(q.device.index) if q.is_cuda else None
     # the head axis is 1 in both forms; fields per request or token follow from the variant passed to run
     rest = (q.dtype, k.dtype, q.device, stream, variant.program.digest)
     name, plans = (q.shape, k.shape, v.shape, *rest), _recent.plans

@@ -172,7 +172,7 @@ class Staging:
             if self.capacity:
                 torch.cuda.current_stream(self.device).synchronize()  # the old buffers may still be read
             self._reserve(max(entries, capacity))
-        self.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        self.stream = cuda.raw_stream(self.device.index)
         self.turn = turn = (self.turn + 1) % self.TURNS
         if turn % self.MARKED == 0:
             group = turn // self.MARKED

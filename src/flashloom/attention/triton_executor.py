@@ -20,7 +20,7 @@ from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
 from flashloom.attention.overlap import Apart
 from flashloom.attention.rows import steps
 from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
-from flashloom.kernel import launch
+from flashloom.kernel import cuda, launch
 from flashloom.kernel.triton import TritonKernel, interpreting
 from flashloom.kv_cache.cache import KV
 from flashloom.kv_cache.integers import INT32_MAX
@@ -243,7 +243,7 @@ class TritonExecutor:
         else:
             self._inputs = batch  # the kernel reads them later
             if self._staging is not None:
-                self._staging.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+                self._staging.stream = cuda.raw_stream(self.device.index)
             tensors = (
                 batch.q_indptr.data_ptr(),
                 batch.kv_lens.data_ptr(),

@@ -21,13 +21,17 @@ from flashloom import settings, store
 from flashloom.kernel.resident import Resident
 from flashloom.store import Entry
 
-__all__ = ["CudaError", "Function", "Launch", "NoMap", "copy_to_device", "load", "stream_of"]
+__all__ = ["CudaError", "Function", "Launch", "NoMap", "copy_to_device", "load", "raw_stream", "stream_of"]
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _CONFIG = struct.Struct("=7I4xQQI4x")  # CUlaunchConfig: grid, block, shared bytes, stream, attributes, their number
 _FORMATS = {"fp32": "f4x", "i32": "i4x", "i64": "q"}
+
+
+#: The address of torch's current stream of a device, given its index.
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
 class CudaError(RuntimeError):
@@ -73,7 +77,7 @@ def copy_to_device(to: int, start: int, size: int, device: torch.device) -> None
     """Start the copy of `size` bytes from pinned memory at `start` to device memory at `to`, on torch's current
     stream of the device."""
     with contextlib.nullcontext() if torch._C._cuda_getDevice() == device.index else torch.cuda.device(device):
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device.index))
+        stream = ctypes.c_void_p(raw_stream(device.index))
         places = ctypes.c_void_p(to), ctypes.c_void_p(start), ctypes.c_size_t(size)
         code = _driver().cuMemcpyHtoDAsync_v2(*places, stream)
         if code == _INVALID_CONTEXT:  # the first CUDA call of this thread
@@ -96,13 +100,13 @@ def _loading() -> Iterator[None]:
 
 def _after_fork() -> None:
     """In the child of a process that used a GPU: whatever would call the driver says what is wrong at once."""
-    global _use_context, copy_to_device
+    global _use_context, copy_to_device, raw_stream
     if torch.cuda._is_in_bad_fork():
-        _use_context = copy_to_device = Launch._fire = _no_gpu  # type: ignore[assignment]
-        Function.__del__ = _leave  # type: ignore[method-assign]
+        _use_context = copy_to_device = raw_stream = Launch._fire = _no_gpu  # type: ignore[assignment,method-assign]
+        Function.__del__ = _leave  # type: ignore[assignment,method-assign]
 
 
-def _no_gpu(*arguments: object) -> None:
+def _no_gpu(*arguments: object) -> Any:
     raise RuntimeError(
         "this process was forked from one that used a GPU, and CUDA does not work across a fork: start it with "
         'multiprocessing.get_context("spawn"), or compute on the CPU here'
@@ -236,7 +240,7 @@ class Launch:
             with torch.cuda.device(self._device):
                 self._fire(grid)
             return
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        stream = raw_stream(self._device)
         if stream != self._stream or grid != self._grid:
             self._set(grid, 1, 1, self._function.threads, 1, 1, self._function.shared, stream, 0, 0)
             self._grid, self._stream = grid, stream
