@@ -66,3 +66,28 @@ MASK[:16, :16] = True
 def test_verdict_is_tight_where_it_matters(variant, queries, keys, expected) -> None:
     tile = tile_of(CASE, q_pos_lo=queries[0], q_pos_hi=queries[1], kv_pos_lo=keys[0], kv_pos_hi=keys[1])
     assert tile_verdict(variant.program, variant.values, tile) == expected == brute_force(variant, CASE, tile)
+
+
+@pytest.mark.parametrize("divisor", [-7, -5, -2, -1, 1, 2, 5, 2**31 - 1, -(2**31) + 1])
+def test_modulo_and_floor_division_by_any_constant(divisor: int) -> None:
+    """Against Python's integers, over all tiles of some sizes: bare, and inside a sum that has to know the range."""
+    case = Case(q_len=24, kv_len=24, q_start=0, kv_start=0, batch=0, seed=0)
+    masks = {
+        "rest": lambda q, k: k + q % divisor > q,
+        "negative rest": lambda q, k: k > q - q % divisor,
+        "quotient": lambda q, k: k - q // divisor > 3,
+        "of a difference": lambda q, k: (q - k) % divisor < (k - q) // divisor,
+    }
+    for name, mask in masks.items():
+        variant = v.from_flex(mask_mod=lambda b, h, q, k, mask=mask: mask(q, k), q_index="absolute")
+        kept = torch.tensor([[mask(q, k) for k in range(24)] for q in range(24)])
+        for size in (1, 3, 8, 24):
+            for q in range(0, 24, size):
+                for k in range(0, 24, size):
+                    box = kept[q : q + size, k : k + size]
+                    tile = tile_of(
+                        case, q_pos_lo=q, q_pos_hi=min(23, q + size - 1), kv_pos_lo=k, kv_pos_hi=min(23, k + size - 1)
+                    )
+                    said = tile_verdict(variant.program, variant.values, tile)
+                    true = FULL if box.all() else PARTIAL if box.any() else SKIP
+                    assert said in (true, PARTIAL), f"{name} by {divisor}, tile {q} {k} of {size}: {said}, is {true}"

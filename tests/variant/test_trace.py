@@ -256,3 +256,32 @@ def test_threads_that_write_one_expression_get_one_object(monkeypatch) -> None:
     mine = expr._node("new", expr.FLOAT)
     other.join(60)
     assert found[0] is mine
+
+
+POSITIONS = ("batch", "q_head", "kv_head", "q_pos", "kv_pos", "q_len", "kv_len")
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"),
+    [
+        (v.PerHead, {"q_head"}),
+        (v.PerKVHead, {"kv_head"}),
+        (v.PerRequest, {"batch"}),
+        (v.PerQueryToken, {"q_pos"}),
+        (v.PerKeyToken, {"q_pos", "kv_pos"}),
+        (torch.Tensor, set(POSITIONS)),
+    ],
+)
+def test_a_field_is_indexed_with_its_own_position(kind, allowed) -> None:
+    """Every kind of field with every position as it stands, also converted; other expressions are clamped."""
+    for name in POSITIONS:
+        for convert in (lambda i: i, lambda i: i.to(torch.int64)):
+            hook = lambda self, x, at, name=name, convert=convert: x + self.bias[convert(getattr(at, name))]  # noqa: E731
+            cls = type("Biased", (v.Variant,), {"logits_transform": hook, "__annotations__": {"bias": kind}})
+            variant = cls(bias=torch.ones(3))
+            if name in allowed:
+                assert variant.program.logits is not None
+            else:
+                with pytest.raises(v.TraceError, match=r"the field 'bias' h.*one value per") as error:
+                    assert variant.program
+                assert all(f"at.{other}" in str(error.value) for other in allowed)

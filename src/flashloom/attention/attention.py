@@ -114,6 +114,7 @@ class Plan:
         self._others: dict[int, tuple[Variant, tuple[Any, ...]]] = {}
         self._per_batch = any(p.kind in ("request", "query", "key") for p in self._program.params)
         self._values_grad = any(isinstance(v, Tensor) and v.requires_grad for v in self._values)
+        self._hollow = any(isinstance(v, Tensor) and v.numel() == 0 for v in self._values)
         self._q_dtype, self._sm_scale, self._row = attention.dtype, attention.sm_scale, (heads.q_heads, heads.value_dim)
         self._alike = heads.value_dim == heads.dim and attention.spec.out_dtype is attention.dtype  # out and q
         self._softmax = self._program.softmax
@@ -312,6 +313,7 @@ class Plan:
     def _take(self, variant: Variant) -> None:
         """From now on this instance; what depends on the batch is checked with that."""
         self._variant, self._values = variant, self._instance(variant)
+        self._hollow = any(isinstance(v, Tensor) and v.numel() == 0 for v in self._values)
         self._others.clear()
 
     def _instance(self, variant: Variant) -> tuple[Any, ...]:
@@ -398,7 +400,7 @@ class Plan:
             self._reserve.check(batch)
         self._contents = not batch.host and settings.get().check
         checked = batch.to_host() if self._contents else batch
-        if self._per_batch:
+        if self._per_batch or self._hollow:
             check.batch_fields(self._program, self._values, checked)
             self._others.clear()
         self._batch, self._checked, self._nothing = batch, checked, batch.tokens == 0

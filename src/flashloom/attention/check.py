@@ -221,13 +221,20 @@ def fields(program: Program, values: tuple[Any, ...], heads: HeadShape, device: 
 
 
 def batch_fields(program: Program, values: tuple[Any, ...], batch: Batch) -> None:
-    """A variant's per-request and per-token tensors against the batch."""
+    """A variant's per-request and per-token tensors against the batch, and any without elements against one that
+    attends to something."""
     sizes = {
         "request": ("requests", batch.requests),
         "query": ("query tokens", batch.tokens),
         "key": ("key tokens", None),
     }
+    attends = bool(batch.tokens and batch.kv_tokens)  # as far as the host knows
     for param, value in zip(program.params, values, strict=True):
+        if attends and isinstance(value, torch.Tensor) and value.numel() == 0:
+            raise ValueError(
+                f"the variant's {param.name} has shape {tuple(value.shape)}, without an element, but the batch has "
+                f"{batch.tokens} query tokens that read it: give one with elements, or a variant that does not read it"
+            )
         if param.kind in sizes and isinstance(value, torch.Tensor):
             name, size = sizes[param.kind]
             size = batch.kv_tokens if param.kind == "key" else size

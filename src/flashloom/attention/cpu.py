@@ -26,7 +26,7 @@ from flashloom import forked, settings, store
 from flashloom.attention import pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.blocks import Pattern
-from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
+from flashloom.attention.executor import AttentionSpec, Tuned, guard, readable, untuned
 from flashloom.attention.kernels.cpu.config import DEFAULT, Config
 from flashloom.attention.overlap import Apart
 from flashloom.attention.rows import steps
@@ -427,11 +427,12 @@ class _Words:
         if known is None or known[0] is not values or any(t.data_ptr() != at for t, at in zip(known[1], known[2])):
             if len(self._known) >= self.KEPT:
                 self._known.clear()
-            tensors = [x for x in values if isinstance(x, torch.Tensor)]
-            known = self._known[id(values)] = (values, tensors, [t.data_ptr() for t in tensors], self._pack(values))
+            taken = [readable(x) if isinstance(x, torch.Tensor) else x for x in values]
+            tensors = [x for x in taken if isinstance(x, torch.Tensor)]
+            known = self._known[id(values)] = (values, tensors, [t.data_ptr() for t in tensors], self._pack(taken))
         return ctypes.addressof(known[3])
 
-    def _pack(self, values: tuple[Any, ...]) -> ctypes.Array:
+    def _pack(self, values: list[Any]) -> ctypes.Array:
         words: list[int] = []
         for param, value in zip(self._params, values):
             if isinstance(value, torch.Tensor):

@@ -45,6 +45,12 @@ class CannotBuild(RuntimeError):
     """An executor's kernels cannot be built here: another executor should serve. The message says why."""
 
 
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """A variant's tensor as kernels take it. They clamp indices, and one without elements has no index to clamp to: a
+    zero stands for it."""
+    return x if x.numel() else x.new_zeros((1,) * x.dim())
+
+
 class Executor(Protocol):
     """One backend's side of a plan. `Attention` has validated every argument; an executor owns its buffers and never
     hands one out."""

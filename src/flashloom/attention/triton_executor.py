@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
-from flashloom.attention.executor import AttentionSpec, Tuned, guard, untuned
+from flashloom.attention.executor import AttentionSpec, Tuned, guard, readable, untuned
 from flashloom.attention.kernels.triton import asked
 from flashloom.attention.kernels.triton.asked import Form
 from flashloom.attention.kernels.triton.config import PAIRS, Config, choose
@@ -60,7 +60,7 @@ class TritonExecutor:
         self._with_pattern: tuple[Any, ...] = ()
         self._same: Any = None
         self._words: tuple[Any, ...] = ()
-        self._flats: dict[int, tuple[tuple[Any, ...], tuple[Any, ...]]] = {}
+        self._flats: dict[int, tuple[tuple[Any, ...], tuple[Any, ...], list[Any]]] = {}
         self._ones: torch.Tensor | None = None  # stands for absent scales
         self._apart: Apart | None = None
         self._places: tuple[int, ...] = ()
@@ -390,11 +390,12 @@ class TritonExecutor:
         known = self._flats.get(id(values))
         if known is None or known[0] is not values:
             words: list[Any] = []
-            for x in values:
+            taken = [readable(x) if isinstance(x, torch.Tensor) else x for x in values]
+            for x in taken:
                 words += [self._address(x), *x.shape, *x.stride()] if isinstance(x, torch.Tensor) else [x]
             if len(self._flats) >= FLATS_KEPT:
                 self._flats.clear()
-            known = self._flats[id(values)] = values, tuple(words)
+            known = self._flats[id(values)] = values, tuple(words), taken
         return known[1]
 
     def explain(self) -> str:

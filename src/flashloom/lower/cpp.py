@@ -100,8 +100,8 @@ class _Writer:
         i = self.index[p]
         if p.kind == "bits":
             return f"load_bit(p.data{i}, clamp_index({args[0]}, p.size{i}_0 * 8))"
-        if p.kind in ("head", "kv_head", "request") and node.args[0].op == "input":
-            return f"load<{TAGS[p.dtype]}>(p.data{i}, mul({args[0]}, int32_t(p.stride{i}_0)))"
+        if p.kind in ("head", "kv_head", "request"):
+            return f"load_entry<{TAGS[p.dtype]}>(p.data{i}, {args[0]}, p.size{i}_0, p.stride{i}_0)"
         offset = "int64_t(0)"
         for d, a in enumerate(args):
             term = f"mul(to_int64(clamp_index({a}, p.size{i}_{d})), p.stride{i}_{d})"

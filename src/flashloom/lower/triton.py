@@ -216,7 +216,7 @@ class _Writer:
         w = self.words[p]
         if p.kind == "bits":
             bit = f"t{len(self.lines)}_bit"
-            self.lines.append(f"    {bit} = _clamp({indices[0]}, values[{w + 1}] * 8)")
+            self.lines.append(f"    {bit} = _clamp({indices[0]}, tl.cast(values[{w + 1}], tl.int64) * 8)")
             return f"((tl.load(values[{w}] + {bit} // 8).to(tl.int32) >> ({bit} % 8).to(tl.int32)) & 1) != 0"
         offset = [
             f"_clamp({i}, values[{w + 1 + d}]).to(tl.int64) * values[{w + 1 + p.rank + d}]"

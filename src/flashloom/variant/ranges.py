@@ -291,13 +291,12 @@ def _modulo(node: Expr, args: tuple[Interval, ...]) -> Interval:
     if node.dtype == FLOAT or not b.exact:
         return _unknown(node)
     n, zero, one = b.lo, const(0, node.dtype), const(1, node.dtype)
+    # within one turn the rest grows with the dividend, whatever the divisor's sign (by 0 both are 0)
     one_turn = _test("eq", _op("floordiv", a.lo, n), _op("floordiv", a.hi, n))
     positive = _test("gt", n, zero)
-    lo, hi = INT_BOUNDS[node.dtype]
-    within = all_of(positive, one_turn)
     return Interval(
-        select(within, _op("mod", a.lo, n), select(positive, zero, const(lo, node.dtype))),
-        select(within, _op("mod", a.hi, n), select(positive, _op("sub", n, one), const(hi, node.dtype))),
+        select(one_turn, _op("mod", a.lo, n), select(positive, zero, _op("add", n, one))),
+        select(one_turn, _op("mod", a.hi, n), select(positive, _op("sub", n, one), zero)),
         _static(node, args),
     )
 

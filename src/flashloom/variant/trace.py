@@ -394,6 +394,32 @@ class VectorSymbol(Symbol):
         return Symbol(ir.substitute(self._expr, {ir.inp("dim"): ir.cast(i, INT32)}))
 
 
+#: The positions that a field may be indexed with as they stand, and what it holds one value of.
+_POSITIONS = {
+    "head": ("head", "q_head"), "kv_head": ("key/value head", "kv_head"), "request": ("request", "batch"),
+    "key": ("key token", "kv_pos", "q_pos"),
+}  # fmt: skip
+
+
+def _bare(index: Expr) -> Expr:
+    """An index without conversions between integer types."""
+    while index.op == "cast" and index.args[0].dtype in (INT32, INT64):
+        index = index.args[0]
+    return index
+
+
+def _check_position(p: Param, indices: tuple[Expr, ...]) -> None:
+    """A position of another kind than the field's would be clamped into it, and mean nothing."""
+    if p.kind in _POSITIONS:
+        what, *names = _POSITIONS[p.kind]
+        index = _bare(indices[0])
+        if index.op == "input" and index.attr not in names:
+            raise TraceError(
+                f"the field {p.name!r} has one value per {what} and is indexed with at.{index.attr}: index it with "
+                + " or ".join(f"at.{name}" for name in names)
+            )
+
+
 class Field:
     """A field with one value per index, as a hook sees it. Every index is clamped into the tensor in every language, so
     that what masked-out positions read is harmless."""
@@ -414,13 +440,14 @@ class Field:
         for i in indices:
             if i.dtype not in (INT32, INT64):
                 raise TraceError(f"the field {p.name!r} is indexed with a {i.dtype}: use integers such as at.q_head")
+        _check_position(p, indices)
         return Symbol(make("load", p.compute_dtype, tuple(self._place(i) for i in indices), p))
 
     def _place(self, index: Expr) -> Expr:
         """Per-token fields are flat over the batch; the request's offset is added here."""
         kind, q_pos, kv_len = self._param.kind, ir.inp("q_pos"), ir.inp("kv_len")
         if kind == "query":
-            if index is not q_pos:
+            if _bare(index) is not q_pos:
                 raise TraceError(
                     f"the field {self._param.name!r} holds one value per query token of this step: index it with "
                     "at.q_pos alone"
@@ -428,7 +455,7 @@ class Field:
             row = make("sub", INT32, (q_pos, make("sub", INT32, (kv_len, ir.inp("q_len")))))
             return make("add", INT32, (ir.inp("q_start"), row))
         if kind == "key":
-            if index is not ir.inp("kv_pos"):
+            if _bare(index) is not ir.inp("kv_pos"):
                 last = make("sub", index.dtype, (ir.cast(kv_len, index.dtype), ir.const(1, index.dtype)))
                 index = make("max", index.dtype, (make("min", index.dtype, (index, last)), ir.const(0, index.dtype)))
             return make("add", index.dtype, (ir.cast(ir.inp("kv_start"), index.dtype), index))

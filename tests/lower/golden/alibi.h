@@ -19,7 +19,7 @@ struct Variant {
   };
   template <class At> static FL_INLINE auto bind_logits(const At& at, const Params& p) {
     (void)at, (void)p;
-    const auto t0 = load<f32>(p.data0, mul(at.q_head, int32_t(p.stride0_0)));
+    const auto t0 = load_entry<f32>(p.data0, at.q_head, p.size0_0, p.stride0_0);
     return [=](auto logits, auto kv_pos) __attribute__((always_inline)) {
       (void)logits; (void)kv_pos;
       const auto t1 = sub(kv_pos, at.q_pos);

@@ -53,7 +53,7 @@ struct Variant {
   };
   template <class At> static FL_INLINE auto bind_logits(const At& at, const Params& p) {
     (void)at, (void)p;
-    const auto t0 = load<f32>(p.data0, mul(at.q_head, int32_t(p.stride0_0)));
+    const auto t0 = load_entry<f32>(p.data0, at.q_head, p.size0_0, p.stride0_0);
     return [=](auto logits, auto kv_pos) __attribute__((always_inline)) {
       (void)logits; (void)kv_pos;
       const auto t1 = tanh(logits);
@@ -70,7 +70,7 @@ struct Variant {
     const auto t1 = sub(at.q_pos, t0);
     const auto t2 = add(at.q_start, t1);
     const auto t3 = load<i64>(p.data3, mul(to_int64(clamp_index(t2, p.size3_0)), p.stride3_0));
-    const auto t4 = load<i32>(p.data2, mul(at.batch, int32_t(p.stride2_0)));
+    const auto t4 = load_entry<i32>(p.data2, at.batch, p.size2_0, p.stride2_0);
     return [=](auto kv_pos) __attribute__((always_inline)) {
       (void)kv_pos;
       const auto t5 = add(at.kv_start, kv_pos);
@@ -86,7 +86,7 @@ struct Variant {
     (void)at, (void)p, (void)x, (void)y;
     constexpr int32_t kRow = 64;
     (void)kRow;
-    const auto t0 = load<bf16>(p.data1, mul(at.kv_head, int32_t(p.stride1_0)));
+    const auto t0 = load_entry<bf16>(p.data1, at.kv_head, p.size1_0, p.stride1_0);
     for (int32_t d = 0; d < kRow; d += VL) {
       const vi dim = add(iota(), d);
       (void)dim;
@@ -154,7 +154,7 @@ struct Variant {
     const auto t23 = or_(t19, t22);
     const auto t24 = not_(t23);
     const auto t25 = to_int64(t.kv_pos_lo);
-    const auto t26 = load<i32>(p.data2, mul(t.batch, int32_t(p.stride2_0)));
+    const auto t26 = load_entry<i32>(p.data2, t.batch, p.size2_0, p.stride2_0);
     const auto t27 = to_int64(t26);
     const auto t28 = add(t25, t27);
     const auto t29 = ge(t28, int64_t(-2147483648LL));

@@ -44,7 +44,7 @@ struct Variant {
     (void)at, (void)p, (void)x, (void)lse;
     constexpr int32_t kRow = 64;
     (void)kRow;
-    const auto t0 = load<f32>(p.data1, mul(at.q_head, int32_t(p.stride1_0)));
+    const auto t0 = load_entry<f32>(p.data1, at.q_head, p.size1_0, p.stride1_0);
     const auto t1 = sub(lse, t0);
     const auto t2 = sigmoid(t1);
     for (int32_t d = 0; d < kRow; d += VL) {

@@ -145,6 +145,14 @@ FL_INLINE vl clamp_index(vl i, int64_t size) {
   return lesser(greater(i, vl{}), lift<vl>(size < 1 ? (int64_t)0 : size - 1));
 }
 
+// Entry i of a tensor [size], with offsets of 32 bits wherever they do.
+template <class T, class I> FL_INLINE auto load_entry(const void* base, I i, int64_t size, int64_t stride) {
+  auto at = clamp_index(i, size);
+  const int64_t reach = (size - 1) * stride;
+  if (__builtin_expect(reach >= -INT32_MAX && reach <= INT32_MAX, 1)) return load<T>(base, mul(to_int32(at), (int32_t)stride));
+  return load<T>(base, mul(to_int64(at), stride));
+}
+
 // ---- bounds over an inclusive index box, for tile verdicts
 
 constexpr int64_t BOX_LIMIT = 65536;  // a larger box is not read: its bounds are the type's
