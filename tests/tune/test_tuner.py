@@ -1,10 +1,14 @@
 """The tuner on a toy operator: what wins, what is left out, what is remembered, and when it must not run."""
 
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +19,7 @@ from flashloom import records, settings, store
 from flashloom.records import Folder
 from flashloom.store import store as store_module
 from flashloom.tune import Operator, tuner
-from flashloom.tune.measure import Figure, Policy, Timer, decide, race
+from flashloom.tune.measure import SESSIONS, Figure, Policy, Timer, decide, race
 from flashloom.tune.tuner import seconds_of
 
 ROOT = Path(__file__).parents[2]
@@ -162,9 +166,12 @@ def test_a_budget_ends_and_the_next_call_goes_on(cache, monkeypatch):
     monkeypatch.setattr(tuner.time, "monotonic", lambda: clock[0])
     trial = tuner.try_here
 
-    def slow_trial(*arguments):
-        clock[0] += 1.0
-        return trial(*arguments)
+    compiled = set()
+
+    def slow_trial(operator, config, cases):
+        clock[0] += config not in compiled  # a second long, the first time
+        compiled.add(config)
+        return trial(operator, config, cases)
 
     monkeypatch.setattr(tuner, "try_here", slow_trial)
     operator = Sum(("fast", "slow", "raises", "faster"))
@@ -251,7 +258,7 @@ class Scripted:
 
 def raced(**times):
     figures, noise = race(Scripted(times), {name: [name] for name in times}, "default")
-    return decide(figures, "default", noise), figures, noise
+    return decide([(figures, noise)], "default"), figures, noise
 
 
 def test_drift_of_the_machine_cancels():
@@ -273,7 +280,95 @@ def test_a_single_lucky_sample_does_not_win():
 
 def test_of_equals_the_first_wins():
     assert raced(default=lambda i: 1.0, a=lambda i: 0.8, b=lambda i: 0.799)[0] == "a"
-    assert decide({"d": Figure(1, 0, 1, 0, 1), "a": Figure(0.99, 0, 0.99, 0, 0.99)}, "d", 0.0) == "d"
+    assert decide([({"d": Figure(1, 0, 1, 0, 1), "a": Figure(0.99, 0, 0.99, 0, 0.99)}, 0.0)], "d") == "d"
+
+
+def test_a_winner_must_win_in_every_session():
+    def session(a, b=0.95, noise=0.01):
+        figures = {"d": 1.0, "a": a, "b": b}
+        return {name: Figure(1e-5 * x, 0.0, x, 0.001, x) for name, x in figures.items()}, noise
+
+    assert decide([session(0.8), session(0.82), session(0.79)], "d") == "a"
+    assert decide([session(0.8), session(0.99), session(0.79)], "d") == "b"
+    assert decide([session(0.8, 1.0), session(0.99, 1.0), session(0.79, 1.0)], "d") == "d"
+    assert decide([session(0.8, 1.0), session(0.8, 1.0, noise=0.3), session(0.8, 1.0)], "d") == "d"
+
+
+class Lucky(Sum):
+    """One candidate is fast where its first inputs lie, and no faster than the default elsewhere; or the machine is
+    so busy that the default differs from itself."""
+
+    luck, busy = 1, 0.0
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.made, self.draw = 0, random.Random(3)
+
+    def inputs(self, n):
+        self.made += 1
+        return super().inputs(n)
+
+    def run(self, config, n, inputs):
+        call = super().run(config, n, inputs)
+        if config.name == "fast" and self.made > self.luck:
+            call.seconds = self.cost["plain"] * 1e-6
+        return _Jittery(call, self.busy, self.draw)
+
+
+class _Jittery:
+    def __init__(self, call, busy, draw):
+        self.call, self.busy, self.draw, self.base = call, busy, draw, call.seconds
+
+    def __call__(self):
+        self.call()
+
+    @property
+    def seconds(self):
+        return self.base * (1 + self.busy * self.draw.random())
+
+
+def test_luck_in_one_session_changes_nothing(cache):
+    (outcome,) = tuned(cache, Lucky(("fast",))).outcomes
+    assert not outcome.record.tuned
+    assert outcome.record.complete
+    assert statuses(outcome) == {"plain": "won", "fast": "slower"}
+    operator = Lucky(("fast",))
+    operator.luck = 100
+    (outcome,) = tuned(cache, operator, again=True).outcomes
+    assert dict(outcome.record.config) == {"name": "fast"}
+    assert operator.made == SESSIONS, "each session has inputs of its own"
+
+
+def test_a_machine_too_busy_to_tell_is_said_and_tried_again(cache):
+    operator = Lucky(("fast",), cost={"fast": 190})
+    operator.luck, operator.busy = 100, 2.0
+    report = tuned(cache, operator)
+    (outcome,) = report.outcomes
+    assert not outcome.record.tuned
+    assert not outcome.record.complete
+    assert "too busy to tell: the default differed from itself by" in outcome.note
+    assert "too busy to tell" in str(report)
+    operator.busy = 0.0
+    (outcome,) = tuned(cache, operator).outcomes  # not `again`: it was left open
+    assert dict(outcome.record.config) == {"name": "fast"}
+    assert outcome.record.complete
+
+
+def test_a_winner_without_time_to_repeat_it_waits_for_the_next_call(cache, monkeypatch):
+    def until_late(*arguments):
+        found = race(*arguments)
+        late = SimpleNamespace(monotonic=lambda: math.inf, strftime=time.strftime, gmtime=time.gmtime)
+        monkeypatch.setattr(tuner, "time", late)
+        return found
+
+    monkeypatch.setattr(tuner, "race", until_late)
+    (outcome,) = tuned(cache, Sum(), budget=1000).outcomes
+    assert "no time left to repeat what won" in outcome.note
+    assert not outcome.record.tuned
+    monkeypatch.setattr(tuner, "time", time)
+    monkeypatch.setattr(tuner, "race", race)
+    (outcome,) = tuned(cache, Sum()).outcomes
+    assert dict(outcome.record.config) == {"name": "fast"}
 
 
 def test_cold_caches_are_a_policy():

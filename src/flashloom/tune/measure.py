@@ -2,7 +2,9 @@
 
 A round takes one sample of everybody. A candidate's figure is the median over rounds of its time over the default's in
 the same round, so drift of the machine cancels. The default also runs under a second name: what it differs by from
-itself is the noise that a winner must beat.
+itself is the noise that a winner must beat. Where memory happens to lie, and what else the machine does for a second,
+shows in every round of a session alike; so those that won are timed in further sessions, with inputs and plans of their
+own, and must win in each.
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
-__all__ = ["Figure", "Policy", "Timer", "decide", "race"]
+__all__ = ["BUSY", "SESSIONS", "Figure", "Policy", "Session", "Timer", "agree", "decide", "race", "rerun", "winners"]
 
 Call = Callable[[], object]
 Name = TypeVar("Name", bound=Hashable)
 LEAST_GAIN = 0.02  # what is below is not worth another config
 FIRST, SECOND, LAST = 3, 5, 15  # rounds of everybody, of the better ones, of the finalists
 FINALISTS = 3
+SESSIONS = 3  # that must agree
+BUSY = 0.1  # the default differs by more than this from itself: the machine is too busy to tell
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,17 @@ class Timer:
         return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e-3
 
 
+#: What was measured together: figures by name, and the noise.
+Session: TypeAlias = tuple[dict[Name, Figure], float]
+
+
 def race(
     timer: Timer,
     calls: Mapping[Name, Sequence[Call]],
     default: Name,
     progress: Callable[[], None] = lambda: None,
     deadline: float = math.inf,
-) -> tuple[dict[Name, Figure], float]:
+) -> Session[Name]:
     """Time candidates, each with its calls (one per case, the same cases for all), and answer their figures and the
     noise: the share by which the default differed from itself. Fewer take part from stage to stage; finalists are
     judged by rounds of their own, so that luck in the choice does not count. Past the deadline stages are cut short."""
@@ -128,15 +136,31 @@ def race(
     field: list[Name] = list(calls)
     noise = 0.0
     for rounds, kept in ((FIRST, 3 * FINALISTS), (SECOND, FINALISTS), (LAST, 0)):
-        taken, again = _rounds(timer, calls, field, default, repeats, rounds, progress, deadline)
-        figures |= {name: _figure(taken[name], taken[default]) for name in field}
-        control = _figure(again, taken[default])
-        noise = max(abs(control.ratio - 1), abs(control.worst - 1), 2 * control.error)
+        found, noise = _session(timer, calls, field, default, repeats, rounds, progress, deadline)
+        figures |= found
         ranked = sorted((name for name in field if name != default), key=lambda name: figures[name].ratio)
         field = [default, *ranked[:kept]]
         if not ranked:
             break
     return figures, noise
+
+
+def rerun(
+    timer: Timer, calls: Mapping[Name, Sequence[Call]], default: Name, deadline: float = math.inf
+) -> Session[Name]:
+    """A further session of those that won the last one, with calls made anew."""
+    repeats = [timer.repeats(call) for call in calls[default]]
+    return _session(timer, calls, list(calls), default, repeats, LAST, lambda: None, deadline)
+
+
+def _session(
+    timer: Timer, calls: Mapping[Name, Sequence[Call]], field: Sequence[Name], default: Name,
+    repeats: Sequence[int], rounds: int, progress: Callable[[], None], deadline: float,
+) -> Session[Name]:  # fmt: skip
+    taken, again = _rounds(timer, calls, field, default, repeats, rounds, progress, deadline)
+    control = _figure(again, taken[default])
+    noise = max(abs(control.ratio - 1), abs(control.worst - 1), 2 * control.error)
+    return {name: _figure(taken[name], taken[default]) for name in field}, noise
 
 
 def _rounds(
@@ -179,19 +203,35 @@ def _quartiles(values: Sequence[float]) -> float:
     return high - low
 
 
-def decide(figures: Mapping[Name, Figure], default: Name, noise: float) -> Name:
-    """The fastest candidate that beats the default by more than the noise (its own, and the default's against itself),
-    by 2 %, and in both halves of the rounds; the default where there is none. Of those that cannot be told apart, the
-    first in order."""
-    won = {
+def winners(session: Session[Name], default: Name) -> dict[Name, Figure]:
+    """Those that beat the default by more than the noise (their own, and the default's against itself), by 2 %, and in
+    both halves of the rounds."""
+    figures, noise = session
+    return {
         name: figure
         for name, figure in figures.items()
         if name != default
         and figure.ratio < 1 - max(LEAST_GAIN, noise, 3 * figure.error)
         and figure.worst < 1 - LEAST_GAIN
     }
+
+
+def agree(sessions: Sequence[Session[Name]], default: Name) -> dict[Name, Figure]:
+    """Those that won in every session, each with its least flattering figure."""
+    won = [winners(session, default) for session in sessions]
+    return {
+        name: max((one[name] for one in won), key=lambda figure: figure.ratio)
+        for name in won[0]
+        if all(name in one for one in won)
+    }
+
+
+def decide(sessions: Sequence[Session[Name]], default: Name) -> Name:
+    """The fastest of those that won in every session; the default where there is none. Of those that cannot be told
+    apart, the first in order."""
+    won = agree(sessions, default)
     if not won:
         return default
     best = min(won.values(), key=lambda figure: figure.ratio)
-    limit = best.ratio + max(best.error, LEAST_GAIN / 2)
+    limit = best.ratio + max(best.error, LEAST_GAIN)
     return next(name for name, figure in won.items() if figure.ratio <= limit)

@@ -84,7 +84,7 @@ class Report:
             won = times.get(str(dict(o.record.config)))
             config = short(o.record) if o.record.tuned else "default"
             ends = [f"{x:10.1f}" if x is not None else f"{'':>10}" for x in (base, won)]
-            status = "" if o.status == "tuned" else f" ({o.status})"
+            status = "" if o.status == "tuned" and not o.note else f" ({o.note or o.status})"
             lines.append(f"{name:<44} {ends[0]} {ends[1]} {o.regret:6.1%}  {config}{status}")
         done = ", ".join(f"{self.count(s)} {s}" for s in ("tuned", "known", "taken", "left") if self.count(s))
         lines.append(f"{done or 'nothing asked'} in {self.seconds:.1f} s; the default's regret is {self.regret:.1%}")
