@@ -207,9 +207,9 @@ def test_composition_chains_left_to_right_and_scopes_names() -> None:
             return x * self.cap
 
     program = (v.softcap(2.0) & Scale(cap=3.0) & v.causal & v.sliding_window(4)).program
-    assert [p.name for p in program.params] == ["0.cap", "1.cap", "3.left"]
-    assert repr(program.logits).startswith("mul(mul(param(0.cap), tanh(")
-    assert repr(program.mask) == "and(le(kv_pos, q_pos), ge(kv_pos, sub(q_pos, param(3.left))))"
+    assert [p.name for p in program.params] == ["SoftCap.cap", "Scale.cap", "LeftWindow.left"]
+    assert repr(program.logits).startswith("mul(mul(param(SoftCap.cap), tanh(")
+    assert repr(program.mask) == "and(le(kv_pos, q_pos), ge(kv_pos, sub(q_pos, param(LeftWindow.left))))"
     assert (v.full & v.causal).program == v.causal.program
 
 

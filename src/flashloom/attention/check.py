@@ -16,6 +16,7 @@ from flashloom.attention.shape import HeadShape
 from flashloom.kv_cache.cache import KV, check_scale, check_scale_values
 from flashloom.kv_cache.integers import on_host
 from flashloom.variant.expr import Program
+from flashloom.variant.plain import plain
 
 Q_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,6 +57,7 @@ def tensor(name: str, x: object, form: str, want: torch.dtype, device: torch.dev
             f"{name} is on {x.device} but the plan is for {device}: move it with .to({str(device)!r}) or plan for its "
             "device"
         )
+    plain(name, x)
     grad(name, x)
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
@@ -212,6 +214,7 @@ def fields(program: Program, values: tuple[Any, ...], heads: HeadShape, device: 
                     f"the variant's {param.name} is on {value.device} but the plan is for {device}: move it with "
                     f".to({str(device)!r})"
                 )
+            plain(f"the variant's {param.name}", value)
             grad(f"the variant's {param.name}", value)
             if param.kind in sizes and value.shape[0] != sizes[param.kind][1]:
                 name, size = sizes[param.kind]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import struct
 import threading
 import warnings
@@ -74,7 +75,8 @@ def source(spec: AttentionSpec) -> str:
         f"struct Config {{\n  typedef {STORAGE[spec.q_dtype]} Q;\n  typedef {STORAGE[spec.kv_dtype]} KV;\n"
         f"  static constexpr int DIM = {heads.dim}, VALUE_DIM = {heads.value_dim}, GROUP = {heads.group};\n}};\n"
     )
-    variant = render(spec.program, heads.dim, heads.value_dim)
+    # comments name fields and classes, which are no part of a kernel's key
+    variant = re.sub(r" *//.*", "", render(spec.program, heads.dim, heads.value_dim))
     body = f"namespace flashloom {{\n\n{config}\n{variant}\n}}  // namespace flashloom\n"
     coarse = "#define FL_COARSE 1\n" if spec.q_dtype.itemsize <= 2 else ""  # what 16-bit queries need of tanh (vmath.h)
     return f'{coarse}#include "attention.h"\n\n{body}\nFL_ATTENTION\n'

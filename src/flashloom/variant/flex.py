@@ -10,11 +10,14 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashloom.variant.variant import Variant, _as_value
+from flashloom.variant.fields import as_value
+from flashloom.variant.library import full
+from flashloom.variant.variant import Variant
 
 
 class _Lifter:
@@ -111,9 +114,14 @@ class Flex(Variant):
             finder.lift(function)
         self.__dict__.update(score_mod=score_mod, mask_mod=mask_mod, q_index=q_index)
         fields = {
-            f"captured{i}": _as_value("from_flex", f"captured{i}", "tensor", t) for i, t in enumerate(finder.tensors)
+            f"captured{i}": as_value("from_flex", f"captured{i}", "tensor", t) for i, t in enumerate(finder.tensors)
         }
         self.__dict__.update(fields, _kinds=dict.fromkeys(fields, "tensor"))
+
+    @cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        functions = (self.score_mod, self.mask_mod)
+        return (self.q_index, *map(_same, functions), *map(id, self.values))
 
     def __repr__(self) -> str:
         names = (
@@ -130,6 +138,13 @@ class Flex(Variant):
         lifter = _Lifter(lambda i, tensor: self.__dict__[f"captured{i}"])
         both = [lifter.lift(f) for f in (self.score_mod, self.mask_mod)]
         return both[0] if function is self.score_mod else both[1]
+
+
+def _same(function: Any) -> Any:
+    """A bound method is another object whenever it is asked for."""
+    if isinstance(function, types.MethodType):
+        return id(function.__func__), id(function.__self__)
+    return id(function)
 
 
 class _FlexScore(Flex):
@@ -164,7 +179,7 @@ def from_flex(
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} is {type(function).__name__}: give a function, or None")
-    kind = {(True, True): _FlexBoth, (True, False): _FlexScore, (False, True): _FlexMask, (False, False): Variant}[
-        (score_mod is not None, mask_mod is not None)
-    ]
-    return kind() if kind is Variant else kind(score_mod, mask_mod, q_index)
+    if score_mod is None and mask_mod is None:
+        return full
+    kind: Any = _FlexScore if mask_mod is None else _FlexMask if score_mod is None else _FlexBoth
+    return kind(score_mod, mask_mod, q_index)

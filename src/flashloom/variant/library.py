@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 
-from flashloom.variant.variant import Bits, PerHead, PerKeyToken, PerRequest, Variant
+from flashloom.variant.fields import Bits, PerHead, PerKeyToken, PerRequest
+from flashloom.variant.variant import Variant
 
 
 class Full(Variant):
     """Every query attends to every key."""
+
+    def _parts(self) -> list[Variant]:
+        return [] if type(self) is Full else [self]  # nothing to trace, and nothing to join
 
 
 class Causal(Variant):
@@ -44,7 +50,7 @@ def sliding_window(left: int | None, right: int | None = None) -> Variant:
     2020). A model's window of W tokens, the query's own included, is left = W - 1. None leaves that side open. Raises
     ValueError for a negative width."""
     for name, width in (("left", left), ("right", right)):
-        if width is not None and (isinstance(width, bool) or not isinstance(width, int) or width < 0):
+        if width is not None and (isinstance(width, bool) or not isinstance(width, Integral) or width < 0):
             raise ValueError(
                 f"sliding_window({name}={width!r}): a width is a number of tokens, 0 or more; None leaves the side open"
             )
@@ -77,6 +83,8 @@ class Alibi(Variant):
 
 def alibi_slopes(heads: int) -> torch.Tensor:
     """The geometric slopes of Press et al. (2021) for any number of heads, float32 [heads]."""
+    if isinstance(heads, bool) or not isinstance(heads, Integral) or heads < 1:
+        raise ValueError(f"alibi slopes for {heads!r} heads: give the number of heads, 1 or more")
     power = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
@@ -86,7 +94,7 @@ def alibi_slopes(heads: int) -> torch.Tensor:
 def alibi(slopes: torch.Tensor | int) -> Variant:
     """Linear position bias, slope * (kv_pos - q_pos) (Press et al. 2021). `slopes` is a tensor [q_heads] or the number
     of heads (standard slopes)."""
-    return Alibi(slopes=alibi_slopes(slopes) if isinstance(slopes, int) else slopes)
+    return Alibi(slopes=alibi_slopes(slopes) if isinstance(slopes, (int, Integral)) else slopes)
 
 
 class RopeHalf(Variant):
@@ -169,9 +177,10 @@ def rope(
         raise ValueError(
             f"inv_freq has shape {tuple(table.shape)}: for {dim} rotated elements it must be ({dim // 2},)"
         )
-    return _rope_class(dim, interleaved)(inv_freq=table)
+    return _rope_class(int(dim), interleaved)(inv_freq=table)
 
 
+@functools.lru_cache  # rope(64) is of one class however often it is called
 def _rope_class(dim: int, interleaved: bool) -> type[Variant]:
     base = RopeInterleaved if interleaved else RopeHalf
     return type(base.__name__, (base,), {"constant_dim": dim, "__module__": __name__})
@@ -272,8 +281,12 @@ def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Varia
             f"custom_mask has shape {tuple(mask.shape)}: give [q, kv], [requests, q, kv], [requests, q_heads, q, "
             "kv], or flat with indptr"
         )
-    cls = type("DenseMask", (DenseMask,), {"constant_rank": mask.dim(), "__module__": __name__})
-    return cls(mask=mask)
+    return _mask_class(mask.dim())(mask=mask)
+
+
+@functools.lru_cache
+def _mask_class(rank: int) -> type[Variant]:
+    return type("DenseMask", (DenseMask,), {"constant_rank": rank, "__module__": __name__})
 
 
 def packed_mask(bits: torch.Tensor, indptr: torch.Tensor) -> Variant:

@@ -6,97 +6,37 @@ dtypes and ranks.
 
 from __future__ import annotations
 
+import collections
 import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, get_origin
 
 import torch
 from typing_extensions import Self, dataclass_transform
 
-from flashloom.dataclass import dataclass
 from flashloom.variant import expr as ir
+from flashloom.variant import names
 from flashloom.variant.expr import BOOL, FLOAT, Expr, Param, Program
+from flashloom.variant.fields import (
+    Bits,
+    PerHead,
+    PerKeyToken,
+    PerKVHead,
+    PerQueryToken,
+    PerRequest,
+    Scalar,
+    as_value,
+    kind_of,
+)
 from flashloom.variant.trace import AT_NAMES, At, Field, Symbol, TraceError, VectorSymbol, field_symbol, lift
 
-
-@dataclass(frozen=True)
-class Kind:
-    """What a field holds one value of."""
-
-    name: str
-
-
-#: Field annotations. One value per query head, a tensor [q_heads], indexed with at.q_head.
-PerHead: TypeAlias = Annotated[torch.Tensor, Kind("head")]
-#: One value per key/value head, a tensor [kv_heads], indexed with at.kv_head.
-PerKVHead: TypeAlias = Annotated[torch.Tensor, Kind("kv_head")]
-#: One value per request, a tensor [requests], indexed with at.batch.
-PerRequest: TypeAlias = Annotated[torch.Tensor, Kind("request")]
-#: One value per query token of the step, a tensor [query tokens of the batch], indexed with at.q_pos.
-PerQueryToken: TypeAlias = Annotated[torch.Tensor, Kind("query")]
-#: One value per key token, a tensor [key tokens of the batch] in the order of the requests, indexed with a position
-#: of the request: at.kv_pos, or at.q_pos for the query's own token.
-PerKeyToken: TypeAlias = Annotated[torch.Tensor, Kind("key")]
-#: One number (float, int or bool work as well), or a 0-dim tensor that stays on its device.
-Scalar: TypeAlias = Annotated[Any, Kind("scalar")]
-#: Packed bits, a uint8 tensor, little bit order; indexed with the number of the bit, it answers a bool.
-Bits: TypeAlias = Annotated[torch.Tensor, Kind("bits")]
-
-_PLAIN: dict[Any, str] = {float: "scalar", int: "scalar", bool: "scalar", torch.Tensor: "tensor"}
 HOOK_METHODS = {
     "query": "query_transform", "key": "key_transform", "logits": "logits_transform", "mask": "logits_mask",
     "output": "output_transform",
 }  # fmt: skip
-
-
-def _kind_of(owner: type, name: str, annotation: Any) -> str:
-    for mark in getattr(annotation, "__metadata__", ()):
-        if isinstance(mark, Kind):
-            return mark.name
-    if annotation in _PLAIN:
-        return _PLAIN[annotation]
-    raise TypeError(
-        f"field {name!r} of {owner.__name__} is annotated {annotation!r}: use PerHead, PerKVHead, PerRequest, "
-        "PerQueryToken, PerKeyToken, "
-        "Scalar (or float, int, bool), Bits, or torch.Tensor for any rank"
-    )
-
-
-def _as_value(owner: str, name: str, kind: str, value: Any) -> torch.Tensor | int | float | bool:
-    where = f"field {name!r} of {owner}"
-    if kind == "scalar" and not isinstance(value, torch.Tensor):
-        if not isinstance(value, (bool, int, float)):
-            raise TypeError(f"{where} is {value!r}: a scalar field takes a number or a 0-dim tensor")
-        if type(value) is int and not -(2**31) <= value < 2**31:
-            raise ValueError(f"{where} is {value}: an int field is int32; give a 0-dim int64 tensor for larger numbers")
-        return value
-    if isinstance(value, (list, tuple)):
-        value = torch.tensor(value)
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{where} is {type(value).__name__}: give a tensor")
-    rank = {"scalar": 0, "tensor": value.dim()}.get(kind, 1)
-    if value.dim() != rank:
-        raise ValueError(
-            f"{where} has shape {tuple(value.shape)}: this kind of field takes {rank} dimension{'s' * (rank != 1)}"
-        )
-    if kind == "bits" and value.dtype != torch.uint8:
-        raise TypeError(
-            f"{where} has dtype {value.dtype}: packed bits are uint8 (numpy.packbits(..., bitorder='little') makes "
-            "them)"
-        )
-    if value.is_complex() or value.is_quantized or str(value.dtype).startswith("torch.float8"):
-        raise TypeError(f"{where} has dtype {value.dtype}: use bool, an integer type, float16, bfloat16 or float32")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{where} requires grad, and flashloom computes no gradients: pass it with .detach() or work under "
-            "torch.no_grad()"
-        )
-    return value
-
-
 _handles = itertools.count(1)
 #: Live variants by handle.
 INSTANCES: weakref.WeakValueDictionary[int, Variant] = weakref.WeakValueDictionary()
@@ -127,9 +67,12 @@ class Variant:
                 f"an annotation of {cls.__name__} cannot be read ({error}): define the name before the class"
             ) from None
         own = {
-            n: _kind_of(cls, n, a) for n, a in annotations.items() if n != "softmax" and get_origin(a) is not ClassVar
+            n: kind_of(cls, n, a)
+            for n, a in annotations.items()
+            if n != "softmax" and a is not ClassVar and get_origin(a) is not ClassVar
         }
         cls._kinds = {**cls._kinds, **own}
+        names.check_class(cls, Variant, own)
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         self = super().__new__(cls)
@@ -138,28 +81,78 @@ class Variant:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_handle"}  # a copy has its own
+        # a copy has its own handle, tensors and, with these, identity
+        return {n: value for n, value in self.__dict__.items() if n not in ("_handle", "_identity", "_traced")}
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, *values: Any, **fields: Any) -> None:
         cls = type(self)
-        unknown = [n for n in fields if n not in cls._kinds]
-        if unknown:
-            raise TypeError(
-                f"{cls.__name__} has no field {unknown[0]!r}; its fields are {', '.join(cls._kinds) or 'none'}"
-            )
+        call = f"{cls.__name__}({', '.join(f'{n}=...' for n in cls._kinds)})"
+        if values:
+            raise TypeError(f"{cls.__name__} takes its fields by name: write {call}")
+        for name in fields:
+            if name not in cls._kinds:
+                meant = names.near(name, cls._kinds)
+                raise TypeError(
+                    f"{cls.__name__} has no field {name!r}; its fields are {', '.join(cls._kinds) or 'none'}"
+                    + (f"; {meant}" if meant else f" (a field is an annotation in the class, as {name}: float)")
+                )
         for name, kind in cls._kinds.items():
             if name not in fields and not hasattr(cls, name):
-                raise TypeError(f"{cls.__name__} needs the field {name!r}")
-            self.__dict__[name] = _as_value(cls.__name__, name, kind, fields.get(name, getattr(cls, name, None)))
+                raise TypeError(f"{cls.__name__} needs the field {name!r}: {call}")
+            self.__dict__[name] = as_value(cls.__name__, name, kind, fields.get(name, getattr(cls, name, None)))
 
     def __setattr__(self, name: str, value: object) -> None:
         # the constructor and cached_property write to __dict__, past this
-        raise AttributeError(f"a variant does not change: make another {type(self).__name__} with {name}=...")
+        title = type(self).__name__
+        if name in self._kinds and name in self.__dict__:
+            raise AttributeError(f"a variant does not change: make another {title} with {name}=...")
+        init = (
+            "" if type(self).__init__ is Variant.__init__ else f", drop __init__, and make it with {title}({name}=...)"
+        )
+        raise AttributeError(
+            f"a variant does not change, and self.{name} = ... makes no field: fields are annotations, write "
+            f"`{name}: {_like(value)}` in the class{init}"
+        )
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a variant does not change: {type(self).__name__}.{name} cannot be deleted")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        cls = type(self)
+        meant = "" if name.startswith("_") else names.near(name, [n for n in dir(cls) if n[0] != "_"] + [*cls._kinds])
+        raise AttributeError(f"{cls.__name__} has no attribute {name!r}" + (f": {meant}" if meant else ""))
 
     def __and__(self, other: Variant) -> Variant:
         if not isinstance(other, Variant):
+            raise TypeError(f"{self} & {_advice(other)}")
+        parts = [*self._parts(), *other._parts()]
+        return Composed(parts) if len(parts) > 1 else other if other._parts() else self
+
+    def __rand__(self, other: object) -> NoReturn:
+        raise TypeError(f"{_advice(other)} & {self}")
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{self} is an instance of a variant already: leave out the ()")
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            f"{self} is neither true nor false: variants are joined with & (not `and`), and one is told from None by "
+            "`is None`"
+        )
+
+    @cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        """What makes two variants of a class equal: numbers by value, tensors by being the same object, since their
+        contents may change and lie on a device."""
+        return tuple((n, id(v)) if isinstance(v, torch.Tensor) else (n, type(v), repr(v)) for n, v in self._fields())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Variant):
             return NotImplemented
-        return Composed([*self._parts(), *other._parts()])
+        return self is other or (type(self) is type(other) and self._identity == other._identity)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._identity))
 
     def __repr__(self) -> str:
         fields = (f"{n}={tuple(v.shape) if isinstance(v, torch.Tensor) else v!r}" for n, v in self._fields())
@@ -170,6 +163,8 @@ class Variant:
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
         for name in self._kinds:
+            if name not in self.__dict__:
+                raise TypeError(f"{type(self).__name__}.__init__ sets no {name!r}: call super().__init__({name}=...)")
             yield name, self.__dict__[name]
 
     @cached_property
@@ -206,6 +201,10 @@ class Composed(Variant):
     def _parts(self) -> list[Variant]:
         return list(self.parts)
 
+    @cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        return self.parts
+
     def _fields(self) -> Iterator[tuple[str, Any]]:
         for i, part in enumerate(self.parts):
             for name, value in part._fields():
@@ -213,6 +212,42 @@ class Composed(Variant):
 
     def __repr__(self) -> str:
         return " & ".join(map(repr, self.parts))
+
+
+def _like(value: object) -> str:
+    return "torch.Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _advice(other: object) -> str:
+    """What to write for something that a variant was joined with."""
+    if isinstance(other, type) and issubclass(other, Variant):
+        fields = ", ".join(f"{n}=..." for n in other._kinds)
+        return f"{other.__name__}: that is a class, make an instance: {other.__name__}({fields})"
+    if callable(other) and not isinstance(other, type):
+        name = getattr(other, "__name__", type(other).__name__)
+        return (
+            f"{name}: a function is no variant; fl.from_flex(mask_mod=...) or fl.from_flex(score_mod=...) makes one "
+            "of a FlexAttention function, and a class with hooks (fl.Variant) is one of your own"
+        )
+    return f"{type(other).__name__} {other!r}: only variants are joined with &"
+
+
+def _no_operator(sign: str) -> Callable[..., NoReturn]:
+    words = {
+        "|": "for keys that either lets in, write one logits_mask that joins both conditions with |",
+        "~": "for the other keys, write a logits_mask that returns ~condition",
+    }.get(sign, "transforms and masks are joined with &")
+
+    def refuse(self: Variant, *_: object) -> NoReturn:
+        raise TypeError(f"variants have no {sign}: {words}")
+
+    return refuse
+
+
+for _name, _sign in {"or": "|", "xor": "^", "add": "+", "sub": "-", "mul": "*", "matmul": "@"}.items():
+    setattr(Variant, f"__{_name}__", _no_operator(_sign))
+    setattr(Variant, f"__r{_name}__", _no_operator(_sign))
+setattr(Variant, "__invert__", _no_operator("~"))  # noqa: B010
 
 
 def _param(name: str, kind: str, value: Any) -> Param:
@@ -234,11 +269,14 @@ def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
         "mask": ir.TRUE,
     }
     start = dict(state)
+    many = collections.Counter(type(part).__name__ for part in parts)
     for number, part in enumerate(parts):
+        title = type(part).__name__
+        scope = "" if len(parts) == 1 else f"{title}." if many[title] == 1 else f"{number}.{title}."
         shadow = object.__new__(type(part))
         shadow.__dict__.update(part.__dict__)
         for name, value in part._fields():
-            param = _param(f"{number}.{name}" if len(parts) > 1 else name, part._kinds[name], value)
+            param = _param(scope + name, part._kinds[name], value)
             params.append((param, value))
             shadow.__dict__[name] = field_symbol(param)
         for hook, method in HOOK_METHODS.items():
@@ -247,6 +285,10 @@ def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
     softmax = all(p.softmax for p in parts)
     changed = {h: e for h, e in state.items() if e is not start[h]}
     used = {n.attr for n in ir.topological(*changed.values()) if isinstance(n.attr, Param)}
+    for part in parts:
+        if "_checked" not in vars(type(part)):
+            names.check_read(type(part), Variant, [p.name.rpartition(".")[2] for p in used])
+            type.__setattr__(type(part), "_checked", True)
     kept = [(p, v) for p, v in params if p in used]
     program = Program(tuple(p for p, _ in kept), softmax=softmax, **changed)
     if not softmax and program.uses_lse:
@@ -274,7 +316,7 @@ def _call(part: Variant, method: Callable, hook: str, name: str, previous: Expr)
         if result is None:
             raise TraceError("it returns None: return the new value")
         e = lift(result)
-    except TraceError as error:
+    except (TraceError, AttributeError) as error:  # an AttributeError would be taken for one of `program`
         raise TraceError(f"{label}: {error}") from error
     if hook == "mask":
         if e.dtype != BOOL:

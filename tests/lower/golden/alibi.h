@@ -8,7 +8,7 @@ struct Variant {
   static constexpr bool softmax = true;
   static constexpr bool capped = false;
   struct Params {
-    const void* data0;  // 1.slopes, float32
+    const void* data0;  // Alibi.slopes, float32
     int64_t size0_0, stride0_0;
     explicit Params(const int64_t* words) {
       data0 = (const void*)words[0];

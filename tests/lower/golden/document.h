@@ -8,7 +8,7 @@ struct Variant {
   static constexpr bool softmax = true;
   static constexpr bool capped = false;
   struct Params {
-    const void* data0;  // 1.documents, int32
+    const void* data0;  // DocumentMask.documents, int32
     int64_t size0_0, stride0_0;
     explicit Params(const int64_t* words) {
       data0 = (const void*)words[0];

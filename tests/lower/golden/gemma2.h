@@ -8,8 +8,8 @@ struct Variant {
   static constexpr bool softmax = true;
   static constexpr bool capped = true;
   struct Params {
-    int32_t scalar0;  // 1.left
-    float scalar1;  // 2.cap
+    int32_t scalar0;  // LeftWindow.left
+    float scalar1;  // SoftCap.cap
     explicit Params(const int64_t* words) {
       scalar0 = int32_t(words[0]);
       scalar1 = float(word_as_double(words[1]));

@@ -8,8 +8,8 @@ struct Variant {
   static constexpr bool softmax = true;
   static constexpr bool capped = false;
   struct Params {
-    int32_t scalar0;  // 1.left
-    const void* data1;  // 2.sinks, float32
+    int32_t scalar0;  // LeftWindow.left
+    const void* data1;  // Sink.sinks, float32
     int64_t size1_0, stride1_0;
     explicit Params(const int64_t* words) {
       scalar0 = int32_t(words[0]);

@@ -8,7 +8,7 @@ struct Variant {
   static constexpr bool softmax = false;
   static constexpr bool capped = false;
   struct Params {
-    float scalar0;  // 1.bias
+    float scalar0;  // Sigmoid.bias
     explicit Params(const int64_t* words) {
       scalar0 = float(word_as_double(words[0]));
       (void)words;
