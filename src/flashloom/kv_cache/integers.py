@@ -27,6 +27,8 @@ def to_int32(name: str, value: Integers, rank: int = 1) -> torch.Tensor:
         if value.dim() != rank:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: must have {rank} dimension{'s' * (rank > 1)}")
         if not on_host(value):
+            if value.dtype != torch.int32:  # what does not fit must not become another page
+                value = value.clamp(-INT32_MAX, INT32_MAX)
             return value.to(torch.int32).contiguous()
         array = value.detach().numpy()
     else:

@@ -41,6 +41,27 @@ _KNOWN: dict[str, Known] = {
 }
 
 
+#: jit_kwargs that say how FlashInfer compiles; what they allow is decided by plan() here.
+OPTIONS = (
+    "use_sliding_window", "use_logits_soft_cap", "use_fp16_qk_reduction", "fp8_enabled", "paged_kv_stride_mode",
+    "module_surface",
+)  # fmt: skip
+#: jit_kwargs that change the result, with the value that asks for nothing.
+REFUSED = {"pos_encoding_mode": 0, "use_token_head_sf": False, "v_sf_swizzled": False}
+
+
+def check_options(jit_kwargs: dict[str, Any] | None) -> None:
+    """A wrapper's jit_kwargs. Raises TypeError for unknown names, NotImplementedError for what is not served."""
+    for name, value in (jit_kwargs or {}).items():
+        if name in REFUSED:
+            if value != REFUSED[name]:
+                raise NotImplementedError(
+                    f"jit_kwargs: {name}={value!r} is not supported by flashloom, only {REFUSED[name]}"
+                )
+        elif name not in OPTIONS:
+            raise TypeError(f"jit_kwargs: unknown {name!r}; FlashInfer has {', '.join([*OPTIONS, *REFUSED])}")
+
+
 def digest(text: str) -> str:
     return hashlib.sha256("".join(text.split()).encode()).hexdigest()
 

@@ -14,10 +14,12 @@ from flashloom.attention import Attention, Batch, HeadShape, Plan, Reserve
 from flashloom.compat.flashinfer import utils
 from flashloom.compat.flashinfer._variants import LOG2E
 from flashloom.kv_cache import PageTable, RaggedKV
+from flashloom.kv_cache.integers import offsets, to_int32
 
 ATTENTIONS_KEPT = 256
 PLANS_KEPT = 8  # per wrapper
 SCALES_KEPT = 1024
+NARROW = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32)
 
 _lock = threading.Lock()
 _attentions: OrderedDict[tuple, Attention] = OrderedDict()
@@ -159,15 +161,69 @@ def on_host(x: torch.Tensor) -> torch.Tensor:
     return x if x.device.type == "cpu" else x.cpu()
 
 
+def host_offsets(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Offsets of queries on the host, int32; waits for the device if they are there. Raises ValueError unless they
+    ascend from 0."""
+    host = on_host(x)
+    return offsets(name, int32(host, host.device, name=name))
+
+
 def kv_lengths(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Tokens of each request; a request without pages has none, whatever its last page says."""
-    pages = indptr[1:] - indptr[:-1]
-    lens = (pages - 1) * page_size + last_page_len.to(indptr.dtype)
-    return lens.masked_fill(pages <= 0, 0).to(torch.int32)
+    """Tokens of each request, int32 where indptr is; a request without pages has none, whatever its last page says.
+    Raises ValueError for other numbers of requests, and for negative last pages that are on the host."""
+    if tuple(last_page_len.shape) != (len(indptr) - 1,):
+        raise ValueError(
+            f"last_page_len has shape {tuple(last_page_len.shape)} but indptr has {len(indptr)} entries: give one"
+            f" length per request, [{len(indptr) - 1}]"
+        )
+    pages, last = indptr[1:] - indptr[:-1], last_page_len.to(indptr.device)
+    if pages.device.type == "cpu":
+        pages = pages.to(torch.int64)  # a product may not wrap
+        wrong = (pages > 0) & (last < 0)
+        if bool(wrong.any()):
+            at = int(wrong.to(torch.int8).argmax())
+            raise ValueError(f"last_page_len[{at}] = {int(last[at])}: must be 1 to page_size = {page_size}")
+    lens = ((pages - 1) * page_size + last.to(pages.dtype)).masked_fill(pages <= 0, 0)
+    return int32(lens, lens.device, name="lengths")
 
 
-def int32(x: torch.Tensor, device: torch.device, non_blocking: bool = True) -> torch.Tensor:
-    return x.to(device, torch.int32, non_blocking=non_blocking)
+def int32(x: torch.Tensor, device: torch.device, non_blocking: bool = True, *, name: str = "indices") -> torch.Tensor:
+    """Offsets, lengths or page numbers as int32 on the device. Host values beyond 32 bits are a ValueError; those on a
+    device become the largest number, which is no page. Raises TypeError for what are no integers."""
+    if x.dtype is not torch.int32:
+        if x.dtype in NARROW:
+            x = x.to(torch.int64)
+        x = to_int32(name, x, x.dim())
+    return x.to(device, non_blocking=non_blocking)
+
+
+def table(
+    indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A page table in CSR form as int32, each part where it is; what is on the host is checked."""
+    indptr = int32(indptr, indptr.device, name="indptr")
+    check_offsets("indptr", indptr, indices)
+    return (
+        indptr,
+        int32(indices, indices.device, name="page numbers"),
+        int32(last_page_len, last_page_len.device, name="last_page_len"),
+    )
+
+
+def check_offsets(name: str, indptr: torch.Tensor, indices: torch.Tensor | None = None) -> None:
+    """Raise ValueError unless offsets are 1-D, ascend from 0 or more, and end within the indices; on a device, look at
+    the shape alone."""
+    if indptr.dim() != 1 or not len(indptr):
+        raise ValueError(f"{name} has shape {tuple(indptr.shape)}: offsets are [batch + 1]")
+    if indptr.device.type != "cpu":
+        return
+    array = indptr.numpy()
+    if int(array[0]) < 0 or (array[1:] < array[:-1]).any():
+        raise ValueError(
+            f"{name} = {array[:8].tolist()}{'...' * (len(array) > 8)}: offsets must not decrease, from 0 on"
+        )
+    if indices is not None and int(array[-1]) > indices.numel():
+        raise ValueError(f"{name} ends at {array[-1]} but there are {indices.numel()} page indices: give one per page")
 
 
 def paged(
@@ -181,10 +237,7 @@ def paged(
 ) -> Batch:
     """A batch over pages; all tensors int32 on one device. `indices` may be longer than indptr says."""
     if indptr.device.type == "cpu":
-        if int(indptr[-1]) > indices.numel():
-            raise ValueError(
-                f"indptr ends at {int(indptr[-1])} but there are {indices.numel()} page indices: give one per page"
-            )
+        check_offsets("indptr", indptr, indices)
         return Batch(q_indptr=q_indptr, kv=PageTable(kv_lens, indptr, indices.clone(), page_size))
     return Batch(
         q_indptr=q_indptr, kv=PageTable(kv_lens, indptr, indices, page_size), max_q_len=max_q_len, tokens=tokens

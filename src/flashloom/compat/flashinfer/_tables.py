@@ -10,13 +10,20 @@ import torch
 
 import flashloom as fl
 from flashloom.attention import Batch, Plan, Reserve
-from flashloom.compat.flashinfer import utils
-from flashloom.compat.flashinfer._plans import Form, attention, base_two, scale_tensor
+from flashloom.compat.flashinfer import _ops, utils
+from flashloom.compat.flashinfer._plans import Form, attention, base_two, int32, scale_tensor
 from flashloom.compat.flashinfer._variants import Instances, Rules, variant
 from flashloom.kv_cache import PageTable
+from flashloom.kv_cache.integers import offsets, on_host
 from flashloom.kv_cache.views import as_kv
 
 PLANS_KEPT = 64  # per thread
+#: trtllm_batch_decode_with_kv_cache's further arguments: values that ask for nothing, and those that choose a schedule.
+OTHERS = {
+    "bmm1_scale_log2": None, "enable_block_sparse_attention": False, "cp_world": 1, "cp_rank": 0,
+    "causal_seqlens_kv_global": None, "request_order": None, "request_order_plan": None, "sparse_top_k": 0,
+}  # fmt: skip
+IGNORED = {"multi_ctas_kv_counter_buffer", "bf16q_fp8kv_transform_mode", "length_aware_schedule"}
 
 
 class _Recent(threading.local):
@@ -71,9 +78,20 @@ def attend_tables(
     lse: torch.Tensor | None,
     return_lse: bool,
     out_dtype: torch.dtype | None = None,
-    o_scale: float = 1.0,
 ) -> Any:
-    """query [tokens, q_heads, dim], q_len tokens per request or as q_indptr [requests + 1] says (q_len: the most)."""
+    """query [tokens, q_heads, dim], q_len tokens per request or as q_indptr [requests + 1] says (q_len: the most).
+    bmm2_scale is the whole factor of the result."""
+    if torch.compiler.is_compiling():
+        owners = _ops.parts(kv_cache)
+        if out is None:
+            out = query.new_empty((*query.shape[:2], owners[-1].shape[-1]), dtype=out_dtype or query.dtype)
+        if return_lse and lse is None:
+            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        torch.ops.flashloom_compat.tables(
+            query, owners, block_tables, seq_lens, q_indptr, q_len, *_ops.split((bmm1_scale, bmm2_scale, sinks)),
+            causal, window_left, kv_layout, out, lse if return_lse else None,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
     k, v = utils._unpack_paged_kv_cache(kv_cache, kv_layout)
     if k.dtype == torch.uint8:
         raise NotImplementedError("NVFP4 KV caches (uint8 with kv_cache_sf) are not supported by flashloom yet")
@@ -83,14 +101,25 @@ def attend_tables(
         )
     heads, page_size = (k.shape[2], k.shape[1]) if kv_layout == "NHD" else (k.shape[1], k.shape[2])
     device, requests = query.device, seq_lens.numel()
-    lens = seq_lens.reshape(-1).to(device)
-    table = PageTable.from_block_table(
-        block_tables.to(device, torch.int32), lens.to(torch.int64).to(torch.int32), page_size=page_size
-    )
+    lens = int32(seq_lens.reshape(-1), device, name="seq_lens")
+    pages = int32(block_tables, device, name="block_tables")
+    table = PageTable.from_block_table(pages, lens, page_size=page_size)
     if q_indptr is None:
+        if query.shape[0] != requests * q_len:
+            raise ValueError(
+                f"query has {query.shape[0]} rows for {requests} requests of q_len_per_req={q_len}: must be "
+                f"{requests * q_len}"
+            )
         starts = utils._get_range_buf(requests + 1, device) * q_len
     else:
-        starts = q_indptr.to(device, torch.int32)
+        if on_host(q_indptr):
+            host = offsets("offsets of queries", q_indptr)
+            q_len = int((host[1:] - host[:-1]).max()) if requests else 0
+            if int(host[-1]) != query.shape[0]:
+                raise ValueError(
+                    f"query has {query.shape[0]} rows but its offsets end at {int(host[-1])}: must be equal"
+                )
+        starts = int32(q_indptr, device, name="offsets of queries")
     if device.type == "cpu":
         batch = Batch(q_indptr=starts, kv=table)
     else:
@@ -99,7 +128,7 @@ def attend_tables(
     rules = Rules.of(causal and q_len > 1, window_left, None, "NONE", None, None)
     chosen = variant(rules, form.q_heads, form.dim, device)
     if sinks is not None:
-        chosen = _recent.instances.get(chosen, fl.sink, sinks)
+        chosen = _recent.instances.get(chosen, fl.sink, utils.sinks_of(sinks, form.q_heads, form.kv_heads))
     plan = _plan(form, chosen, batch, device, block_tables.shape[1])
     k_scale: Any = None
     sm_scale = 1.0
@@ -112,10 +141,11 @@ def attend_tables(
         k, v, scale_tensor(k_scale, device), scale_tensor(bmm2_scale, device) if in_kernel else None, ragged=False,
         layout=kv_layout,
     )  # fmt: skip
-    wanted = (
-        out.dtype if out is not None else out_dtype or (torch.bfloat16 if query.dtype.itemsize == 1 else query.dtype)
-    )
+    wanted = out_dtype or (query.dtype if out is None else out.dtype)
     shape = (*query.shape[:2], form.value_dim)
+    if out is not None:
+        rows = out.flatten(0, -3) if out.dim() > 3 else out  # [requests, tokens of each, q_heads, dim] will do
+        utils.check_shape_dtype_device(rows, shape, wanted, device, "out")
     target = out.view(shape) if out is not None and wanted.itemsize > 1 else None
     if target is None:
         target = query.new_empty(shape, dtype=wanted if wanted.itemsize > 1 else torch.float32)
@@ -125,8 +155,7 @@ def attend_tables(
     if not in_kernel and bmm2_scale != 1.0:
         target.mul_(bmm2_scale)
     if wanted.itemsize == 1:
-        limit = torch.finfo(wanted).max
-        small = (target / o_scale).clamp(-limit, limit).to(wanted)
+        small = utils.narrow(target, wanted)
         target = small if out is None else out.copy_(small.view(out.shape))
     if not return_lse:
         return target if out is None else out
@@ -155,15 +184,16 @@ def xqa_batch_decode_with_kv_cache(
     q_cu_seq_lens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of query [batch * q_len_per_req, q_heads, dim] over block tables [batch, pages] and lengths [batch];
-    bmm1_scale multiplies logits, bmm2_scale the result. Several tokens per request are causal. The workspace is not
-    used. Raises NotImplementedError for a mask of draft tokens."""
+    bmm1_scale multiplies logits, bmm2_scale the result, whatever o_scale is: that only says how FlashInfer's kernel
+    splits the factor of a float8 result. Several tokens per request are causal. The workspace is not used. out: in the
+    query's dtype unless given. Raises NotImplementedError for a mask of draft tokens."""
     if mask is not None:
         raise NotImplementedError(
             "xqa_batch_decode_with_kv_cache(mask=...): masks of draft tokens are not supported yet"
         )
     return attend_tables(
         query, kv_cache, block_tables, seq_lens, q_cu_seq_lens, q_len_per_req or 1, bmm1_scale, bmm2_scale, True,
-        window_left, kv_layout, sinks, out, None, False, None, 1.0 if o_scale is None else o_scale,
+        window_left, kv_layout, sinks, out, None, False,
     )  # fmt: skip
 
 
@@ -199,17 +229,24 @@ def trtllm_batch_decode_with_kv_cache(
 ) -> Any:
     """Attention over block tables; as `xqa_batch_decode_with_kv_cache`, with "HND" the layout unless said otherwise.
     Raises NotImplementedError for outputs in FP4, masks of draft tokens, and what only Blackwell kernels have."""
-    others.pop("multi_ctas_kv_counter_buffer", None)
-    if others.get("cp_world") == 1:
+    utils.check_backend(backend, ("auto", "trtllm-gen", "xqa"))
+    for name in others.keys() - OTHERS.keys() - IGNORED:
+        raise TypeError(f"trtllm_batch_decode_with_kv_cache() got an unexpected keyword argument {name!r}")
+    if others.get("cp_world", 1) == 1:
         others = {name: value for name, value in others.items() if not name.startswith("cp_")}
-    for name, value in {"mask": mask, "o_sf_scale": o_sf_scale, **others}.items():
-        if value is not None and value is not False:
+    refused = {"mask": mask, "out_dtype": out_dtype == "nvfp4", **others}
+    refused["o_sf_scale"] = o_sf_scale is not None
+    for name, value in refused.items():
+        asks = value is not None and not (isinstance(value, (int, float)) and value == (OTHERS.get(name) or 0))
+        if asks and name not in IGNORED:
             raise NotImplementedError(f"trtllm_batch_decode_with_kv_cache({name}=...) is not supported by flashloom")
     if isinstance(sinks, (list, tuple)):
         sinks = sinks[0] if sinks else None
     dtype = None if out_dtype is None else utils.canonicalize_torch_dtype(out_dtype)
-    q_len = max_q_len if cum_seq_lens_q is not None and max_q_len else q_len_per_req or 1
+    if (cum_seq_lens_q is None) != (max_q_len is None):
+        raise ValueError("cum_seq_lens_q and max_q_len belong together: give both, or neither")
+    q_len = max_q_len or q_len_per_req or 1
     return attend_tables(
         query, kv_cache, block_tables, seq_lens, cum_seq_lens_q, q_len, bmm1_scale, bmm2_scale, True, window_left,
-        kv_layout, sinks, out, lse, return_lse, dtype, 1.0 if o_scale is None else o_scale,
+        kv_layout, sinks, out, lse, return_lse, dtype,
     )  # fmt: skip

@@ -123,14 +123,30 @@ def with_mask(rules: Rules, q_heads: int, dim: int, mask: fl.Variant) -> fl.Vari
 
 
 def packed(mask: torch.Tensor | None, bits: torch.Tensor | None, lens: list[int] | torch.Tensor) -> Any:
-    """(bits, byte offsets) of a flat bool mask whose requests have `lens` elements, or of what is packed already."""
-    device = (mask if bits is None else bits).device  # type: ignore[union-attr]
-    lens = torch.as_tensor(lens, device=device)
+    """(bits, byte offsets) of a flat bool mask whose requests have `lens` elements, or of what is packed already.
+    Raises ValueError for another number of elements than `lens` on the host say."""
+    name, given = ("custom_mask", mask) if bits is None else ("packed_custom_mask", bits)
+    assert given is not None
+    lens = torch.as_tensor(lens)
+    if lens.device.type == "cpu":
+        want = int(lens.sum() if bits is None else ((lens + 7) // 8).sum())
+        if given.numel() != want:
+            what = (
+                "one element per query and key of each request"
+                if bits is None
+                else "each request's bits from a new byte"
+            )
+            raise ValueError(f"{name} has {given.numel()} elements: must have {want}, {what}")
+    if given.dtype.is_floating_point:
+        raise TypeError(f"{name} has dtype {given.dtype}: must be torch.bool, True for what is seen")
+    device = given.device
+    lens = lens.to(device)
     starts = torch.zeros(lens.numel() + 1, dtype=torch.int64, device=device)
     starts[1:] = torch.cumsum(lens if bits is None else (lens + 7) // 8, 0)
     if bits is not None:
         return bits, starts
     assert mask is not None
+    mask = mask.to(torch.bool)
     if lens.numel() == 1:
         packed_bits = pack_bits(mask)
         return packed_bits, torch.tensor([0, packed_bits.numel()], device=device)

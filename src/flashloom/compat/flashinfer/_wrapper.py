@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 import flashloom as fl
 from flashloom.attention import Batch, Reserve
-from flashloom.compat.flashinfer import utils
-from flashloom.compat.flashinfer._jit import Known, known
+from flashloom.compat.flashinfer import _ops, utils
+from flashloom.compat.flashinfer._jit import Known, check_options, known
 from flashloom.compat.flashinfer._plans import Form, Plans, base_two, scale_tensor
 from flashloom.compat.flashinfer._variants import Heads, Instances, Rules, variant
 from flashloom.kv_cache.cache import KV
@@ -20,18 +21,47 @@ from flashloom.kv_cache.views import as_kv
 
 INT_WORKSPACE = 8 << 20
 CACHES_KEPT = 256
-BACKENDS = ("auto", "fa2", "fa3")
 NUMBER = (type(None), float, int)
 
 
-def check_backend(backend: str) -> str:
-    """FlashInfer's name for a backend. Its own kernels cannot be chosen here: flashloom chooses among its own."""
-    if backend not in BACKENDS:
+def check_buffer(name: str, x: Any, mode: str) -> None:
+    """An index buffer of the caller, which kernels read as it is."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} should be a torch.Tensor in {mode}")
+    if x.dtype != torch.int32:
+        raise ValueError(f"{name} has dtype {x.dtype}: index buffers must be torch.int32")
+
+
+def refuse_token_scales(asked: bool) -> None:
+    if asked:
         raise NotImplementedError(
-            f'backend={backend!r}: flashloom has kernels of its own; leave backend at "auto" ("fa2" and "fa3" mean the '
-            "same here)"
+            "use_token_head_sf=True: scales per token and head are not supported by flashloom; give one scale for the "
+            "cache, k_scale= and v_scale= of run()"
         )
-    return backend
+
+
+def planning(plan: Callable) -> Callable:
+    """A plan() that raises leaves no plan: run() then says so, rather than take new rules with the former batch."""
+
+    @functools.wraps(plan)
+    def whole(self: Wrapper, *args: Any, **options: Any) -> Any:
+        try:
+            return plan(self, *args, **options)
+        except BaseException:
+            self._plans.batch = None
+            raise
+
+    return whole
+
+
+def with_lse(call: Callable) -> Callable:
+    """A method with return_lse=True. torch.compile cannot look into functools.partialmethod."""
+
+    @functools.wraps(call)
+    def both(self: Wrapper, *args: Any, return_lse: bool = True, **options: Any) -> Any:
+        return call(self, *args, return_lse=return_lse, **options)
+
+    return both
 
 
 class Module:
@@ -42,7 +72,7 @@ class Module:
 
     def plan(self, float_workspace: Any, int_workspace: Any, pinned: Any, *numbers: Any) -> list[int]:
         """Follow offsets and lengths on the host; page indices are those that the wrapper holds."""
-        return self._wrapper._plan_as_module(*numbers)
+        return planning(type(self._wrapper)._plan_as_module)(self._wrapper, *numbers)
 
 
 @dataclass(eq=False)
@@ -71,10 +101,12 @@ class Wrapper:
         use_cuda_graph: bool,
         backend: str,
         jit_args: Sequence[Any] | None,
+        jit_kwargs: dict[str, Any] | None = None,
     ):
         utils._check_kv_layout(kv_layout)
         utils._check_workspace_buffer_alignment(float_workspace_buffer, "float_workspace_buffer")
-        self._kv_layout, self._backend = kv_layout, check_backend(backend)
+        self._kv_layout, self._backend = kv_layout, utils.check_backend(backend)
+        check_options(jit_kwargs)
         self._asked_backend = backend
         self._float_workspace_buffer = float_workspace_buffer
         self._int: torch.Tensor | None = None
@@ -83,6 +115,7 @@ class Wrapper:
         self._use_cuda_graph = bool(use_cuda_graph)
         self._jit: Known | None = None if jit_args is None else known(jit_args)
         self._jit_module = self._jit
+        self._handle = _ops.handle(self)
         self._plans = Plans(torch.empty(0, device=self.device).device, self._use_cuda_graph)
         self._instances = Instances()
         self._seen: dict[tuple[int, ...], tuple] = {}
@@ -169,9 +202,7 @@ class Wrapper:
     def _set_dtypes(self, q: Any, kv: Any, out: Any) -> None:
         self._cached_q_data_type = q = utils.canonicalize_torch_dtype(q)
         self._cached_kv_data_type = q if kv is None else utils.canonicalize_torch_dtype(kv)
-        if out is None:
-            out = torch.bfloat16 if q.itemsize == 1 else q
-        self._cached_o_data_type = utils.canonicalize_torch_dtype(out)
+        self._cached_o_data_type = q if out is None else utils.canonicalize_torch_dtype(out)
 
     def _set_backend(self, head_dim_qk: int, head_dim_vo: int, fp16_reduction: bool) -> None:
         """The name that FlashInfer would show; it chooses nothing here."""
@@ -200,6 +231,7 @@ class Wrapper:
         self._ran_as_planned = True
 
     _ran_as_planned = True
+    _ragged = False
     _dims = 0, 0
 
     def _form(self, q_heads: int, kv_heads: int, dim: int, value_dim: int) -> Form:
@@ -275,10 +307,36 @@ class Wrapper:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         return as_kv(k, v, None, None, ragged=True, layout="NHD")
 
+    def _kv(self, cache: Any) -> KV:
+        """What run() is given as keys and values, as kernels take it."""
+        return self._pages(cache)
+
+    def _traced(
+        self, q: torch.Tensor, cache: tuple, values: tuple, out: torch.Tensor | None, lse: torch.Tensor | None,
+        return_lse: bool, lse_base: str, lse_layout: str, override: tuple | None,
+    ) -> Any:  # fmt: skip
+        """run() while torch.compile traces it: one operator, and the tensors that it fills."""
+        owners = list(cache) if self._ragged else _ops.parts(cache[0])
+        shape = (q.shape[0], q.shape[1], owners[-1].shape[-1])
+        if out is None:
+            out = torch.empty(shape, dtype=self._cached_o_data_type, device=q.device)
+        if return_lse and lse is None:
+            turned = (shape[1], shape[0]) if lse_layout == "HN" else shape[:2]
+            lse = torch.empty(turned, dtype=torch.float32, device=q.device)
+        encoding, rules = "", []
+        if override is not None:
+            encoding, *numbers = override
+            rules = _ops.split((numbers[-1], *numbers[:-1]))[1]
+        torch.ops.flashloom_compat.run(
+            self._handle, q, owners, *_ops.split(values), out, lse if return_lse else None, lse_base, lse_layout,
+            encoding, rules,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+
     def _attend(
         self,
         q: torch.Tensor,
-        kv: KV,
+        cache: tuple,
         args: tuple,
         *,
         q_scale: Any = None,
@@ -291,9 +349,18 @@ class Wrapper:
         lse_base: str = "log2",
         lse_layout: str = "NH",
         sinks: torch.Tensor | None = None,
+        override: tuple | None = None,
     ) -> Any:
+        """run() of every wrapper. cache: (the paged cache,), or (k, v) of ragged keys; override: what forward() says in
+        place of plan()."""
+        if torch.compiler.is_compiling():
+            values = (q_scale, k_scale, v_scale, o_scale, sinks, *args)
+            return self._traced(q, cache, values, out, lse, return_lse, lse_base, lse_layout, override)
+        if override is not None:
+            self._override(*override)
+        kv = self._kv(*cache)
         if self._plans.batch is None:
-            raise RuntimeError(f"{type(self).__name__}: call plan() before run()")
+            raise RuntimeError(f"{type(self).__name__}: call plan() before run(); a plan() that raised left none")
         _check_lse_form(lse_base, lse_layout)
         scales, state = (q_scale, k_scale, v_scale), None
         if (
@@ -337,8 +404,7 @@ class Wrapper:
         if call.factor is not None:
             target.mul_(call.factor)
         if o_dtype.itemsize == 1:
-            limit = torch.finfo(o_dtype).max
-            small = (target if o_scale is None else target * o_scale).clamp(-limit, limit).to(o_dtype)
+            small = utils.narrow(target if o_scale is None else target * o_scale, o_dtype)
             target = small if out is None else out.copy_(small)
         if not return_lse:
             return target
@@ -358,7 +424,7 @@ class Wrapper:
         rules = self._variant(form.q_heads, form.dim)
         sm_scale = utils.scale_of(form.dim, self._sm_scale)
         if self._jit is not None:
-            rules, sm_scale = self._with_jit(rules, sm_scale, args)
+            rules, sm_scale = self._with_jit(rules, sm_scale, args, form)
         elif args:
             if len(args) != 3 or q.dtype.itemsize != 1:
                 raise TypeError(
@@ -366,10 +432,11 @@ class Wrapper:
                     "scale_k and scale_v of 8-bit queries, or belong to jit_args"
                 )
             if args[0] is not None:
-                rules = self._instances.get(rules, _per_head, args[0], first=True)
+                scale_q = utils.per_head("scale_q", args[0], form.q_heads, form.kv_heads)
+                rules = self._instances.get(rules, _per_head, scale_q, first=True)
             k_scale, v_scale = (a if b is None else b for a, b in zip((k_scale, v_scale), args[1:], strict=True))
         if sinks is not None:
-            rules = self._instances.get(rules, fl.sink, sinks)
+            rules = self._instances.get(rules, fl.sink, utils.sinks_of(sinks, form.q_heads, form.kv_heads))
         plan = self._plans.get(form, rules)
         factor = None
         if isinstance(q_scale, torch.Tensor):
@@ -397,7 +464,7 @@ class Wrapper:
             found = call.scaled[kv] = KV(kv.k, kv.v, call.k_scale, call.v_scale, kv.layout)
         return found
 
-    def _with_jit(self, rules: fl.Variant, sm_scale: float, args: tuple) -> tuple[fl.Variant, float]:
+    def _with_jit(self, rules: fl.Variant, sm_scale: float, args: tuple, form: Form) -> tuple[fl.Variant, float]:
         """The variant behind jit_args with the tensors and numbers of this run()."""
         jit = self._jit
         assert jit is not None
@@ -405,6 +472,8 @@ class Wrapper:
         if len(args) != len(names):
             raise ValueError(f"run() takes {', '.join(names)} behind the KV cache, and was given {len(args)} arguments")
         values = dict(zip(names, args, strict=True))
+        if "sink" in values:
+            values["sink"] = utils.sinks_of(values["sink"], form.q_heads, form.kv_heads)
         if jit.sm_scale is not None:
             sm_scale = float(values.pop(jit.sm_scale))
         else:

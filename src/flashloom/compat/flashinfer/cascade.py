@@ -58,6 +58,23 @@ def merge_states(v: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.
     return out, base_two(lse)
 
 
+def refuse_distances(levels: int, window_left: int | None, pos_encoding_mode: str) -> None:
+    """Refuse what depends on the distance of a key: a level does not know the lengths of the others."""
+    window = window_left is not None and window_left >= 0
+    if levels > 1 and (window or pos_encoding_mode in ("ALIBI", "ROPE_LLAMA")):
+        asked = f"window_left={window_left}" if window else f"pos_encoding_mode={pos_encoding_mode!r}"
+        raise NotImplementedError(
+            f"a cascade cannot do {asked}: its levels count positions each from their own start, not along the whole "
+            "sequence. Give BatchPrefillWithPagedKVCacheWrapper one page table with the shared pages in front of each "
+            "request's own"
+            + (
+                ""
+                if pos_encoding_mode != "ROPE_LLAMA"
+                else ", or rotate queries and keys before they are stored (pos_encoding_mode='NONE')"
+            )
+        )
+
+
 class MultiLevelCascadeAttentionWrapper:
     """Attention over keys in levels: prefixes that many requests share first, what is a request's own last. Each level
     is planned with query offsets of its own, and the results are merged."""
@@ -115,16 +132,31 @@ class MultiLevelCascadeAttentionWrapper:
         q_data_type: str | torch.dtype = "float16",
         kv_data_type: str | torch.dtype | None = None,
     ) -> None:
-        """Prepare every level; causal concerns the last one."""
-        levels = zip(qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len, strict=True)
-        for i, (wrapper, level) in enumerate(zip(self._batch_prefill_wrappers, levels, strict=True)):
-            wrapper.plan(
-                *level, num_qo_heads, num_kv_heads, head_dim, page_size,
-                causal=causal and i == self._num_levels - 1, pos_encoding_mode=pos_encoding_mode,
+        """Prepare every level; causal concerns the last one. Raises NotImplementedError for what depends on a key's
+        distance: each level counts positions from its own start."""
+        try:
+            self._plan_levels(
+                (qo_indptr_arr, paged_kv_indptr_arr, paged_kv_indices_arr, paged_kv_last_page_len),
+                num_qo_heads, num_kv_heads, head_dim, page_size, causal=causal, pos_encoding_mode=pos_encoding_mode,
                 use_fp16_qk_reduction=use_fp16_qk_reduction, sm_scale=sm_scale, window_left=window_left,
                 logits_soft_cap=logits_soft_cap, rope_scale=rope_scale, rope_theta=rope_theta,
                 q_data_type=q_data_type, kv_data_type=kv_data_type,
             )  # fmt: skip
+        except BaseException:
+            for wrapper in self._batch_prefill_wrappers:  # one new level beside former ones would be no batch at all
+                wrapper._plans.batch = None
+            raise
+
+    def _plan_levels(self, arrays: tuple, *sizes: int, causal: bool, **options: Any) -> None:
+        for name, levels in zip(("qo_indptr", "paged_kv_indptr", "paged_kv_indices", "paged_kv_last_page_len"), arrays):
+            if len(levels) != self._num_levels:
+                raise ValueError(f"{name} is given for {len(levels)} levels: this cascade has {self._num_levels}")
+        refuse_distances(self._num_levels, options["window_left"], options["pos_encoding_mode"])
+        for i, (wrapper, level) in enumerate(zip(self._batch_prefill_wrappers, zip(*arrays, strict=True), strict=True)):
+            wrapper.plan(*level, *sizes, causal=causal and i == self._num_levels - 1, **options)
+        rows = {int(wrapper._qo_indptr_last or 0) for wrapper in self._batch_prefill_wrappers}
+        if len(rows) > 1:
+            raise ValueError(f"qo_indptr of the levels end at {sorted(rows)}: every level must have all query tokens")
 
     begin_forward = plan
 

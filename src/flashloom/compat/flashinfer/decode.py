@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from flashloom.compat.flashinfer import _plans as plans
 from flashloom.compat.flashinfer._single import single_decode_with_kv_cache
 from flashloom.compat.flashinfer._tables import trtllm_batch_decode_with_kv_cache, xqa_batch_decode_with_kv_cache
 from flashloom.compat.flashinfer._variants import Rules
-from flashloom.compat.flashinfer._wrapper import Wrapper
+from flashloom.compat.flashinfer._wrapper import Wrapper, check_buffer, planning, refuse_token_scales, with_lse
 from flashloom.compat.flashinfer.jit.attention import gen_batch_decode_module, gen_single_decode_module
 
 __all__ = [
@@ -56,8 +55,9 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         paged_kv_last_page_len_buffer: torch.Tensor | None = None,
         backend: str = "auto",
         jit_args: Sequence[Any] | None = None,
+        jit_kwargs: dict[str, Any] | None = None,
     ):
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args)
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, jit_kwargs)
         self._use_tensor_cores = bool(use_tensor_cores)
         self._paged_kv_indptr_buf, self._paged_kv_indices_buf = paged_kv_indptr_buffer, paged_kv_indices_buffer
         self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buffer
@@ -70,8 +70,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
                 ("paged_kv_indices_buffer", paged_kv_indices_buffer),
                 ("paged_kv_last_page_len_buffer", paged_kv_last_page_len_buffer),
             ):
-                if not isinstance(x, torch.Tensor):
-                    raise ValueError(f"{name} should be a torch.Tensor in cudagraph mode")
+                check_buffer(name, x, "cudagraph mode")
             assert paged_kv_indptr_buffer is not None
             assert paged_kv_last_page_len_buffer is not None
             self._fixed_batch_size = len(paged_kv_last_page_len_buffer)
@@ -86,6 +85,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     def resolved_backend(self) -> str:
         return self._backend
 
+    @planning
     def plan(
         self,
         indptr: torch.Tensor,
@@ -146,9 +146,12 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         disable_split_kv: bool = False,
         q_len_per_req: int = 1,
         is_causal: bool | None = None,
+        use_token_head_sf: bool = False,
     ) -> None:
+        refuse_token_scales(use_token_head_sf)
         if window_right != 0:
             raise NotImplementedError(f"window_right={window_right}: decode takes 0, its queries are the last tokens")
+        indptr, indices, last_page_len = plans.table(indptr, indices, last_page_len)
         batch_size = len(last_page_len)
         self._check(batch_size, indices, q_len_per_req, fixed_split_size)
         if self._use_cuda_graph:
@@ -163,7 +166,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             self._paged_kv_last_page_len_buf = plans.int32(last_page_len, self.device, non_blocking)
             self._paged_kv_indices_buf = plans.int32(indices, self.device, non_blocking)
         if q_len_per_req > 1:
-            lens = plans.on_host(plans.kv_lengths(indptr, last_page_len.to(indptr.device), page_size))
+            lens = plans.on_host(plans.kv_lengths(indptr, last_page_len, page_size))
             if batch_size and int(lens.min()) < q_len_per_req:
                 raise ValueError(
                     f"q_len_per_req={q_len_per_req} requires kv_len >= q_len_per_req for every request, but one has "
@@ -244,11 +247,12 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
             indptr, _, q_heads, kv_heads, page_size = numbers[:5]
             last = self._paged_kv_last_page_len_buf
             assert last is not None
-            indptr = plans.int32(indptr, self.device)
+            indptr = plans.int32(indptr, self.device, name="indptr")
             lens = plans.kv_lengths(indptr, last, page_size)
         else:
             _, indptr, lens, _, _, q_heads, kv_heads, page_size = numbers[:8]
-            indptr, lens = plans.int32(indptr, self.device), plans.int32(lens, self.device)
+            indptr = plans.int32(indptr, self.device, name="indptr")
+            lens = plans.int32(lens, self.device, name="lengths")
         if self._use_cuda_graph:
             assert self._paged_kv_indptr_buf is not None
             self._paged_kv_indptr_buf.copy_(indptr)
@@ -288,7 +292,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         self._check(len(last_page_len), indices, q_len_per_req, fixed_split_size)
         q_dtype = utils.canonicalize_torch_dtype(q_data_type or data_type or "float16")
         kv_dtype = utils.canonicalize_torch_dtype(kv_data_type or data_type or q_dtype)
-        indptr, indices, last = (plans.int32(x, self.device) for x in (indptr, indices, last_page_len))
+        indptr, indices, last = (x.to(self.device) for x in plans.table(indptr, indices, last_page_len))
         lens = plans.kv_lengths(indptr, last, page_size)
         starts = utils._get_range_buf(len(last) + 1, self.device) * q_len_per_req
         batch: Batch = plans.paged(
@@ -318,27 +322,28 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
     ) -> Any:
         """Attention of q [batch * q_len_per_req, q_heads, head_dim] over the planned pages: out in q's form, or (out,
         lse) with return_lse: float32 [rows, q_heads], base 2. sinks: float32 [q_heads]."""
-        kv = self._pages(paged_kv_cache)
-        planned, requests = self._q_len_per_req or 1, max(self._batch_size, 1)
         if q_len_per_req is not None:
             warnings.warn(
                 "q_len_per_req belongs to plan(); passing it to run() is deprecated", DeprecationWarning, stacklevel=2
             )
-            planned = q_len_per_req
-        if q.shape[0] != self._batch_size * planned and self._plans.batch is not None:
-            raise ValueError(
-                f"q has {q.shape[0]} rows for {self._batch_size} requests, which implies "
-                f"q_len_per_req={q.shape[0] / requests:g}, but plan() used {planned}; re-plan with the matching "
-                "q_len_per_req"
-            )
+        self._check_rows(q, q_len_per_req)
         if window_left is not None:
             assert window_left == self._window_left, (window_left, self._window_left)
         return self._attend(
-            q, kv, args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
+            q, (paged_kv_cache,), args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
             return_lse=return_lse, sinks=sinks,
         )  # fmt: skip
 
-    run_return_lse = functools.partialmethod(run, return_lse=True)
+    def _check_rows(self, q: torch.Tensor, q_len_per_req: int | None = None) -> None:
+        planned = q_len_per_req or self._q_len_per_req or 1
+        if q.shape[0] != self._batch_size * planned and self._plans.batch is not None:
+            raise ValueError(
+                f"q has {q.shape[0]} rows for {self._batch_size} requests, which implies "
+                f"q_len_per_req={q.shape[0] / max(self._batch_size, 1):g}, but plan() used {planned}; re-plan with the "
+                "matching q_len_per_req"
+            )
+
+    run_return_lse = with_lse(run)
 
     def forward(
         self,
@@ -357,12 +362,13 @@ class BatchDecodeWithPagedKVCacheWrapper(Wrapper):
         return_lse: bool = False,
     ) -> Any:
         """run() with what is given here in place of what plan() was given."""
-        self._override(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta)
-        return self.run(
-            q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse
+        self._check_rows(q)
+        return self._attend(
+            q, (paged_kv_cache,), (), q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse,
+            override=(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, None),
         )  # fmt: skip
 
-    forward_return_lse = functools.partialmethod(forward, return_lse=True)
+    forward_return_lse = with_lse(forward)
 
 
 class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
@@ -382,6 +388,7 @@ class CUDAGraphBatchDecodeWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWra
         )
 
 
+@planning
 def fast_decode_plan(
     self: BatchDecodeWithPagedKVCacheWrapper,
     indptr: torch.Tensor,
@@ -410,6 +417,7 @@ def fast_decode_plan(
     mode `indptr`, `indices` and `last_page_len` are those buffers' contents and are not copied."""
     if self._plan_info is None:
         raise ValueError("fast_decode_plan needs a prior plan() of this wrapper")
+    indptr, indices, last_page_len = plans.table(indptr, indices, last_page_len)
     batch_size = len(last_page_len)
     self._check(batch_size, indices, q_len_per_req, fixed_split_size)
     if not self._use_cuda_graph:

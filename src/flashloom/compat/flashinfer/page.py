@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flashloom.compat.flashinfer import _later, utils
+from flashloom.compat.flashinfer import _later, _ops, utils
+from flashloom.compat.flashinfer import _plans as plans
 from flashloom.compat.flashinfer.jit import gen_page_module
 from flashloom.kv_cache import append
 from flashloom.kv_cache.views import as_kv
@@ -26,18 +27,69 @@ def append_paged_kv_cache(
     kv_layout: str = "NHD",
 ) -> None:
     """Store append_key and append_value [tokens, kv_heads, dim] at `positions` of requests `batch_indices` [tokens];
-    tokens of request -1 are skipped."""
+    tokens of request -1 are skipped.
+
+    A token whose position lies outside its request's pages, whose request is none or whose page number is none raises
+    ValueError where the index arrays are on the host; on a device, where nothing is read, it is skipped."""
+    if torch.compiler.is_compiling():
+        torch.ops.flashloom_compat.append(
+            append_key, append_value, batch_indices, positions, _ops.parts(paged_kv_cache), kv_indices, kv_indptr,
+            kv_last_page_len, kv_layout,
+        )  # fmt: skip
+        return
     k, v = utils._unpack_paged_kv_cache(paged_kv_cache, kv_layout)
     kv = as_kv(k, v, None, None, ragged=False, layout=kv_layout)
-    device, page_size = k.device, kv.k.shape[1]
-    requests, places = batch_indices.to(device, torch.int64), positions.to(device, torch.int64)
-    entry = kv_indptr.to(device)[requests.clamp(min=0)].to(torch.int64) + places // page_size
-    pages = kv_indices.to(device)
-    if pages.numel() == 0:
-        return
-    page = pages[entry.clamp(0, pages.numel() - 1)].to(torch.int64)
-    slots = (page * page_size + places % page_size).masked_fill(requests < 0, -1)
-    append(kv, append_key, append_value, slots)
+    tokens = append_key.shape[0]
+    for name, x in (("batch_indices", batch_indices), ("positions", positions)):
+        if tuple(x.shape) != (tokens,):
+            raise ValueError(f"{name} has shape {list(x.shape)}: must be [tokens] = [{tokens}], as append_key has")
+    arrays = batch_indices, positions, kv_indptr, kv_indices
+    host = all(x.device.type == "cpu" for x in arrays)
+    if host:
+        plans.check_offsets("kv_indptr", kv_indptr, kv_indices)
+    requests, places, indptr, indices = (x if host else x.to(k.device) for x in arrays)
+    pages, page_size = kv.k.shape[:2]
+    slots = _slots(requests.to(torch.int64), places.to(torch.int64), indptr, indices, pages, page_size)
+    if host:
+        outside = (slots < 0) & (requests != -1)
+        if bool(outside.any()):
+            at = int(outside.to(torch.int8).argmax())
+            raise ValueError(_outside(int(requests[at]), int(places[at]), indptr, pages, page_size))
+    append(kv, append_key, append_value, slots.to(k.device))
+
+
+def _slots(
+    requests: torch.Tensor,
+    places: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    pages: int,
+    page_size: int,
+) -> torch.Tensor:
+    """page * page_size + offset of each token, int64; -1 for what lies in no page of its request."""
+    if len(indptr) < 2 or not indices.numel():
+        return torch.full_like(requests, -1)
+    row = requests.clamp(0, len(indptr) - 2)
+    first, last = indptr.unfold(0, 2, 1)[row].to(torch.int64).unbind(-1)
+    entry = first + places.div(page_size, rounding_mode="floor")
+    inside = (requests == row) & (entry >= first) & (entry < last)
+    held = entry.clamp(0, indices.numel() - 1)
+    page = indices[held].to(torch.int64)
+    inside &= (entry == held) & (page.clamp(0, pages - 1) == page)
+    return (page * page_size + places % page_size).masked_fill_(~inside, -1)
+
+
+def _outside(request: int, position: int, indptr: torch.Tensor, pages: int, page_size: int) -> str:
+    count = len(indptr) - 1
+    if not 0 <= request < count:
+        return f"batch_indices holds {request}: must be 0 to {count - 1}, or -1 to skip the token"
+    own = int(indptr[request + 1]) - int(indptr[request])
+    if not 0 <= position < own * page_size:
+        return (
+            f"a token of request {request} has position {position}, but the request has {own} pages of {page_size}: "
+            f"must be 0 to {own * page_size - 1}; give the request more pages before appending"
+        )
+    return f"request {request}'s page of position {position} is no page of the cache, which has {pages}"
 
 
 def get_batch_indices_positions(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ from flashloom.compat.flashinfer import _later, utils
 from flashloom.compat.flashinfer import _plans as plans
 from flashloom.compat.flashinfer._single import single_prefill_with_kv_cache, single_prefill_with_kv_cache_return_lse
 from flashloom.compat.flashinfer._variants import ItemScoring, Rules, packed
-from flashloom.compat.flashinfer._wrapper import Wrapper
+from flashloom.compat.flashinfer._wrapper import Wrapper, check_buffer, planning, refuse_token_scales, with_lse
 from flashloom.compat.flashinfer.jit.attention import gen_batch_prefill_module, gen_single_prefill_module
+from flashloom.kv_cache.cache import KV
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -29,6 +29,20 @@ __all__ = [
 __getattr__ = _later.names(__name__)
 
 
+def check_copy(name: str, x: torch.Tensor, copy: torch.Tensor | None) -> None:
+    """Offsets that are given on the host as well: as FlashInfer has it, in shape and dtype those on the device."""
+    if copy is None:
+        return
+    if copy.device.type != "cpu":
+        raise ValueError(f"{name}_cpu is on {copy.device}: must be a CPU tensor")
+    if copy.shape != x.shape or copy.dtype != x.dtype:
+        raise ValueError(
+            f"{name}_cpu is {copy.dtype} {list(copy.shape)}: must be a copy of {name}, {x.dtype} {list(x.shape)}"
+        )
+    if x.device.type == "cpu" and not torch.equal(x, copy):
+        raise ValueError(f"{name}_cpu = {copy.tolist()[:8]} differs from {name} = {x.tolist()[:8]}")
+
+
 class _Prefill(Wrapper):
     """Offsets of queries, masks of one's own, and item scoring: what paged and ragged prefill share."""
 
@@ -37,8 +51,7 @@ class _Prefill(Wrapper):
     ) -> None:
         if use_cuda_graph:
             for name, x in (("qo_indptr_buf", qo_indptr_buf), *others.items()):
-                if not isinstance(x, torch.Tensor):
-                    raise ValueError(f"{name} should be a torch.Tensor in CUDA graph mode")
+                check_buffer(name, x, "CUDA graph mode")
             self._fixed_batch_size = len(qo_indptr_buf) - 1
         self._qo_indptr_buf, self._custom_mask_buf = qo_indptr_buf, custom_mask_buf
         self._mask_indptr_buf = mask_indptr_buf
@@ -48,8 +61,8 @@ class _Prefill(Wrapper):
 
     def _queries(self, qo_indptr: torch.Tensor) -> tuple[int, int, int]:
         """(requests, tokens, longest) of query offsets, which are read for it. In CUDA graph mode the first plan says
-        how many tokens there can be."""
-        host = plans.on_host(qo_indptr)
+        how many tokens there can be, unless max_total_num_rows did."""
+        host = plans.host_offsets("qo_indptr", qo_indptr)
         requests, tokens = host.numel() - 1, int(host[-1])
         longest = int((host[1:] - host[:-1]).max()) if requests else 0
         if self._use_cuda_graph:
@@ -71,8 +84,9 @@ class _Prefill(Wrapper):
 
     def _keep(self, name: str, x: torch.Tensor, non_blocking: bool) -> torch.Tensor:
         """An index array on the device: in the caller's buffer in CUDA graph mode."""
+        x = plans.int32(x, x.device, name=name.strip("_").removesuffix("_buf"))
         if not self._use_cuda_graph:
-            x = plans.int32(x, self.device, non_blocking)
+            x = x.to(self.device, non_blocking=non_blocking)
             setattr(self, name, x)
             return x
         buffer = getattr(self, name)
@@ -165,8 +179,17 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         jit_args: Sequence[Any] | None = None,
         jit_kwargs: dict[str, Any] | None = None,
         variant_owns_mask: bool = False,
+        max_total_num_rows: int | None = None,
     ):
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args)
+        if max_total_num_rows is not None:
+            if not use_cuda_graph:
+                raise ValueError(
+                    "max_total_num_rows is for CUDA graph mode: give use_cuda_graph=True too, or leave it out"
+                )
+            if type(max_total_num_rows) is not int or max_total_num_rows < 0:
+                raise ValueError(f"max_total_num_rows={max_total_num_rows!r}: must be an int of 0 or more")
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, jit_kwargs)
+        self._max_total_num_rows = max_total_num_rows
         self._set_masks(
             use_cuda_graph, qo_indptr_buf, custom_mask_buf, mask_indptr_buf,
             paged_kv_indptr_buf=paged_kv_indptr_buf, paged_kv_indices_buf=paged_kv_indices_buf,
@@ -183,6 +206,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         self._paged_kv_last_page_len_buf = paged_kv_last_page_len_buf
         self._page_size = 1
 
+    @planning
     def plan(
         self,
         qo_indptr: torch.Tensor,
@@ -220,18 +244,22 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
         uniform_q_len: int | None = None,
+        use_token_head_sf: bool = False,
     ) -> None:
         """Prepare for a batch: query offsets [batch + 1], page table in CSR form, heads, and what is done to logits.
 
         Index arrays may be on the host or the device; the query offsets are read, which waits for the device. A custom
         mask (bool, flat, row-major per request) takes the place of causal."""
+        refuse_token_scales(use_token_head_sf)
+        qo_indptr = plans.int32(qo_indptr, qo_indptr.device, name="qo_indptr")
+        paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len = plans.table(
+            paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+        )
         self._set_rules(causal, window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
         self._set_dtypes(q_data_type, kv_data_type, o_data_type)
         self._dims = head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo
         _, tokens, longest = self._queries(qo_indptr)
-        kv_lens = plans.kv_lengths(
-            paged_kv_indptr, paged_kv_last_page_len.to(paged_kv_indptr.device), page_size
-        )  # where the offsets are
+        kv_lens = plans.kv_lengths(paged_kv_indptr, paged_kv_last_page_len, page_size)  # where the offsets are
         q_indptr = self._keep("_qo_indptr_buf", qo_indptr, non_blocking)
         indptr = self._keep("_paged_kv_indptr_buf", paged_kv_indptr, non_blocking)
         self._keep("_paged_kv_last_page_len_buf", paged_kv_last_page_len, non_blocking)
@@ -242,7 +270,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         if mask is None:
             mask = self._item_scoring(prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         self._settle(mask, use_fp16_qk_reduction, fixed_split_size, disable_split_kv)
-        lens = plans.int32(kv_lens, self.device, non_blocking)
+        lens = kv_lens.to(self.device, non_blocking=non_blocking)
         batch = plans.paged(q_indptr, longest, tokens, indptr, indices, lens, page_size)
         reserve = self._reserve(len(indices))
         self._follow(batch, self._form(num_qo_heads, num_kv_heads, *self._dims), reserve)
@@ -253,7 +281,10 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         qo_indptr, kv_indptr, kv_lens, _, _, q_heads, kv_heads, page_size, _, dim, value_dim = numbers[:11]
         _, tokens, longest = self._queries(qo_indptr)
         assert self._paged_kv_indices_buf is not None
-        q_indptr, indptr, lens = (plans.int32(x, self.device) for x in (qo_indptr, kv_indptr, kv_lens))
+        q_indptr, indptr, lens = (
+            plans.int32(x, self.device, name=name)
+            for name, x in (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr), ("lengths", kv_lens))
+        )
         self._dims, self._page_size = (dim, value_dim), page_size
         batch = plans.paged(q_indptr, longest, tokens, indptr, self._paged_kv_indices_buf, lens, page_size)
         self._follow(
@@ -291,8 +322,11 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         """(bytes of the buffers that a plan for this batch owns, 16). Any workspace of the caller will do."""
         q_dtype = utils.canonicalize_torch_dtype(q_data_type)
         kv_dtype = q_dtype if kv_data_type is None else utils.canonicalize_torch_dtype(kv_data_type)
-        host = plans.on_host(qo_indptr)
-        lens = plans.kv_lengths(paged_kv_indptr, paged_kv_last_page_len.to(paged_kv_indptr.device), page_size)
+        host = plans.host_offsets("qo_indptr", qo_indptr)
+        paged_kv_indptr, paged_kv_indices, last = plans.table(
+            paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+        )  # fmt: skip
+        lens = plans.kv_lengths(paged_kv_indptr, last, page_size)
         longest = int((host[1:] - host[:-1]).max()) if len(host) > 1 else 0
         starts, indptr, indices, lens = (
             plans.int32(x, self.device) for x in (qo_indptr, paged_kv_indptr, paged_kv_indices, lens)
@@ -327,16 +361,15 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
     ) -> Any:
         """Attention of q [tokens, q_heads, head_dim_qk] over the planned pages: out [tokens, q_heads, head_dim_vo], or
         (out, lse) with return_lse: float32 [tokens, q_heads], base 2."""
-        kv = self._pages(paged_kv_cache)
         self._check_rows(q)
         if window_left is not None:
             assert window_left == self._window_left, (window_left, self._window_left)
         return self._attend(
-            q, kv, args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
+            q, (paged_kv_cache,), args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out, lse=lse,
             return_lse=return_lse, lse_base=lse_base, lse_layout=lse_layout, sinks=sinks,
         )  # fmt: skip
 
-    run_return_lse = functools.partialmethod(run, return_lse=True)
+    run_return_lse = with_lse(run)
 
     def forward(
         self,
@@ -356,17 +389,23 @@ class BatchPrefillWithPagedKVCacheWrapper(_Prefill):
         return_lse: bool = False,
     ) -> Any:
         """run() with what is given here in place of what plan() was given."""
-        self._override(
-            pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, causal
+        self._check_rows(q)
+        return self._attend(
+            q, (paged_kv_cache,), (), k_scale=k_scale, v_scale=v_scale, return_lse=return_lse,
+            override=(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, causal),
         )  # fmt: skip
-        return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
-    forward_return_lse = functools.partialmethod(forward, return_lse=True)
+    forward_return_lse = with_lse(forward)
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
     """Queries of several requests over keys and values that lie one request after another; see FlashInfer's
     documentation of the same name."""
+
+    _ragged = True
+
+    def _kv(self, k: torch.Tensor, v: torch.Tensor) -> KV:  # type: ignore[override]
+        return self._rows(k, v)
 
     def __init__(
         self,
@@ -382,7 +421,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         jit_kwargs: dict[str, Any] | None = None,
         variant_owns_mask: bool = False,
     ):
-        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args)
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, jit_kwargs)
         self._set_masks(use_cuda_graph, qo_indptr_buf, custom_mask_buf, mask_indptr_buf, kv_indptr_buf=kv_indptr_buf)
         if use_cuda_graph:
             assert kv_indptr_buf is not None
@@ -393,6 +432,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
                 )
         self._kv_indptr_buf = kv_indptr_buf
 
+    @planning
     def plan(
         self,
         qo_indptr: torch.Tensor,
@@ -427,16 +467,25 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         max_sequence_kv: int | None = None,
         v_indptr: torch.Tensor | None = None,
         o_indptr: torch.Tensor | None = None,
+        qo_indptr_cpu: torch.Tensor | None = None,
+        kv_indptr_cpu: torch.Tensor | None = None,
         uniform_q_len: int | None = None,
+        use_token_head_sf: bool = False,
     ) -> None:
         """Prepare for a batch: offsets of queries and of keys [batch + 1], heads, and what is done to logits. The query
-        offsets are read, which waits for the device."""
+        offsets are read, which waits for the device unless qo_indptr_cpu holds them too."""
+        refuse_token_scales(use_token_head_sf)
         if len(qo_indptr) != len(kv_indptr):
             raise ValueError("The length of qo_indptr and kv_indptr should be the same.")
+        for name, x, copy in (("qo", qo_indptr, qo_indptr_cpu), ("kv", kv_indptr, kv_indptr_cpu)):
+            check_copy(f"{name}_indptr", x, copy)
+        qo_indptr = plans.int32(qo_indptr, qo_indptr.device, name="qo_indptr")
+        kv_indptr = plans.int32(kv_indptr, kv_indptr.device, name="kv_indptr")
+        plans.check_offsets("kv_indptr", kv_indptr)
         self._set_rules(causal, window_left, logits_soft_cap, pos_encoding_mode, sm_scale, rope_scale, rope_theta)
         self._set_dtypes(q_data_type, kv_data_type, o_data_type)
         self._dims = head_dim_qk, head_dim_qk if head_dim_vo is None else head_dim_vo
-        _, tokens, longest = self._queries(qo_indptr)
+        _, tokens, longest = self._queries(qo_indptr if qo_indptr_cpu is None else qo_indptr_cpu)
         q_indptr = self._keep("_qo_indptr_buf", qo_indptr, non_blocking)
         keys = self._keep("_kv_indptr_buf", kv_indptr, non_blocking)
         self._num_qo_heads = num_qo_heads
@@ -452,7 +501,8 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
     def _plan_as_module(self, *numbers: Any) -> list[int]:
         qo_indptr, kv_indptr, _, _, _, q_heads, kv_heads, _, _, dim, value_dim = numbers[:11]
         _, tokens, longest = self._queries(qo_indptr)
-        q_indptr, keys = plans.int32(qo_indptr, self.device), plans.int32(kv_indptr, self.device)
+        q_indptr = plans.int32(qo_indptr, self.device, name="qo_indptr")
+        keys = plans.int32(kv_indptr, self.device, name="kv_indptr")
         self._dims = dim, value_dim
         batch: Batch = plans.ragged(q_indptr, longest, tokens, keys)
         self._follow(batch, self._form(q_heads, kv_heads, dim, value_dim), self._reserve(None))
@@ -481,11 +531,11 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         kv_heads, head_dim_vo] (heads first in "HND"): out, or (out, lse) with return_lse, base 2."""
         self._check_rows(q)
         return self._attend(
-            q, self._rows(k, v), args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, o_scale=o_scale, out=out,
+            q, (k, v), args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, o_scale=o_scale, out=out,
             lse=lse, return_lse=return_lse, lse_base=lse_base, lse_layout=lse_layout,
         )  # fmt: skip
 
-    run_return_lse = functools.partialmethod(run, return_lse=True)
+    run_return_lse = with_lse(run)
 
     def forward(
         self,
@@ -504,9 +554,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
         return_lse: bool = False,
     ) -> Any:
         """run() with what is given here in place of what plan() was given."""
-        self._override(
-            pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, causal
+        self._check_rows(q)
+        return self._attend(
+            q, (k, v), (), return_lse=return_lse,
+            override=(pos_encoding_mode, window_left, logits_soft_cap, sm_scale, rope_scale, rope_theta, causal),
         )  # fmt: skip
-        return self.run(q, k, v, return_lse=return_lse)
 
-    forward_return_lse = functools.partialmethod(forward, return_lse=True)
+    forward_return_lse = with_lse(forward)

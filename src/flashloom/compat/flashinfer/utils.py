@@ -153,10 +153,67 @@ def _check_cached_qkv_data_type(q: torch.Tensor, k: torch.Tensor, dtype_q: torch
 
 def canonicalize_torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, str):
-        return getattr(torch, dtype)
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise ValueError(f"dtype {dtype!r}: torch has none of that name")
+        return found
     if isinstance(dtype, torch.dtype):
         return dtype
     raise TypeError(f"dtype must be a string or torch.dtype, got {type(dtype)}")
+
+
+#: FlashInfer's backends of attention; those that `check_backend` lets pass all mean flashloom's own kernels.
+BACKENDS = (
+    "auto", "fa2", "fa3", "cake", "cudnn", "cute-dsl", "cute-dsl-prims", "cutile", "cutlass", "fmha_v2", "prims-ts",
+    "trtllm-gen", "xqa",
+)  # fmt: skip
+
+
+def check_backend(backend: str, served: Sequence[str] = ("auto", "fa2", "fa3")) -> str:
+    """FlashInfer's name for a backend. Its own kernels cannot be chosen here: flashloom chooses among its own. Raises
+    ValueError for a name that is none, NotImplementedError for one that is not served."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: FlashInfer has {', '.join(BACKENDS)}; here use {', '.join(served)}")
+    if backend not in served:
+        raise NotImplementedError(
+            f'backend={backend!r}: flashloom has kernels of its own; leave backend at "auto" '
+            f"({', '.join(served[1:])} mean the same here)"
+        )
+    return backend
+
+
+def sinks_of(sinks: torch.Tensor, q_heads: int, kv_heads: int) -> torch.Tensor:
+    """Sinks as [q_heads], from that or from [kv_heads, query heads of each]."""
+    if not isinstance(sinks, torch.Tensor):
+        raise TypeError(f"sinks is {type(sinks).__name__}: give a tensor [q_heads]")
+    shape = [size for size in sinks.shape if size != 1]
+    group = q_heads // kv_heads
+    if shape not in ([size for size in form if size != 1] for form in ((q_heads,), (kv_heads, group))):
+        raise ValueError(
+            f"sinks has shape {list(sinks.shape)}: must be [q_heads] = [{q_heads}] or [kv_heads, query heads of each]"
+            f" = [{kv_heads}, {group}]"
+        )
+    return sinks if sinks.dim() == 1 else sinks.reshape(-1)
+
+
+def per_head(name: str, scale: torch.Tensor, q_heads: int, kv_heads: int) -> torch.Tensor:
+    """A scale of 8-bit tensors as [q_heads], from one for all, [q_heads] or [kv_heads]."""
+    flat = scale.reshape(-1)
+    if flat.numel() == q_heads:
+        return flat
+    if flat.numel() not in (1, kv_heads):
+        raise ValueError(
+            f"{name} has shape {list(scale.shape)}: must have one entry, q_heads = {q_heads} or kv_heads = {kv_heads}"
+        )
+    return flat.repeat_interleave(q_heads // flat.numel())
+
+
+def narrow(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a dtype of 8 bits, saturated, or in any other."""
+    if dtype.itemsize > 1:
+        return x.to(dtype)
+    limit = (torch.finfo if dtype.is_floating_point else torch.iinfo)(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
 
 
 # --- numbers ---

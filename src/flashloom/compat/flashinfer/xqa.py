@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashloom.compat.flashinfer import _later
+from flashloom.compat.flashinfer import _later, utils
 from flashloom.compat.flashinfer._tables import attend_tables
 
 __all__ = ["xqa"]
@@ -43,10 +43,22 @@ def xqa(
     if mask is not None:
         raise NotImplementedError("xqa(mask=...): masks of draft tokens are not supported yet")
     rows = q.reshape(-1, *q.shape[-2:])
+    k, v = utils._unpack_paged_kv_cache((k_cache, v_cache), kv_layout)
+    heads, size = (k.shape[2], k.shape[1]) if kv_layout == "NHD" else (k.shape[1], k.shape[2])
+    if (heads, size) != (num_kv_heads, page_size):
+        raise ValueError(
+            f"num_kv_heads={num_kv_heads} and page_size={page_size}, but k_cache is {list(k_cache.shape)} in "
+            f"{kv_layout!r}: {heads} heads, pages of {size}"
+        )
+    form = rows.shape[1], v.shape[-1]
+    if tuple(output.shape[-2:]) != form or output.numel() != rows.shape[0] * form[0] * form[1]:
+        raise ValueError(f"output has shape {list(output.shape)}: must be q's, {[*q.shape[:-1], v.shape[-1]]}")
     scale = q_scale * kv_scale * q.shape[-1] ** -0.5
-    target = output.view(rows.shape[0], rows.shape[1], v_cache.shape[-1])
+    target = output.view(rows.shape[0], *form)
+    factor = (
+        kv_scale * rcp_out_scale if output.dtype.itemsize == 1 else kv_scale
+    )  # FlashInfer scales float8 results only
     attend_tables(
-        rows, (k_cache, v_cache), page_table, seq_lens.reshape(-1), q_cu_seq_lens, q_seq_len, scale, kv_scale, True,
-        sliding_win_size - 1 if sliding_win_size else -1, kv_layout, sinks, target, None, False, None,
-        1.0 / rcp_out_scale,
+        rows, (k, v), page_table, seq_lens, q_cu_seq_lens, q_seq_len, scale, factor, True,
+        sliding_win_size - 1 if sliding_win_size else -1, kv_layout, sinks, target, None, False,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from flashloom.compat.flashinfer import _plans as plans
 from flashloom.compat.flashinfer._jit import SINK_TEXT
-from flashloom.compat.flashinfer._wrapper import Wrapper
+from flashloom.compat.flashinfer._wrapper import Wrapper, planning
 from flashloom.compat.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 
 
@@ -18,6 +18,7 @@ class BatchAttention(Wrapper):
     def __init__(self, kv_layout: str = "NHD", device: str = "cuda"):
         super().__init__(torch.empty(0, dtype=torch.uint8, device=device), kv_layout, False, "auto", None)
 
+    @planning
     def plan(
         self,
         qo_indptr: torch.Tensor,
@@ -39,13 +40,19 @@ class BatchAttention(Wrapper):
         """Prepare for a batch: offsets of queries and of pages [batch + 1], page numbers, lengths [batch]."""
         if use_profiler:
             raise NotImplementedError("use_profiler=True: flashloom's kernels write no profile into a buffer")
-        host = plans.on_host(qo_indptr)
+        host = plans.host_offsets("qo_indptr", qo_indptr)
         tokens, longest = int(host[-1]), int((host[1:] - host[:-1]).max()) if len(host) > 1 else 0
         self._set_rules(causal, -1, logits_soft_cap, "NONE", sm_scale, None, None)
         self._set_dtypes(q_data_type, kv_data_type, None)
         self._dims, self._page_size = (head_dim_qk, head_dim_vo), page_size
         q_indptr, indptr, indices, lens = (
-            plans.int32(x, self.device) for x in (qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+            plans.int32(x, self.device, name=name)
+            for name, x in (
+                ("qo_indptr", qo_indptr),
+                ("kv_indptr", kv_indptr),
+                ("kv_indices", kv_indices),
+                ("kv_len_arr", kv_len_arr),
+            )
         )
         batch = plans.paged(q_indptr, longest, tokens, indptr, indices, lens, page_size)
         self._follow(batch, self._form(num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo))
@@ -65,9 +72,7 @@ class BatchAttention(Wrapper):
         """(out [tokens, q_heads, head_dim_vo], lse float32 [tokens, q_heads], base 2)."""
         if logits_soft_cap > 0 and self._logits_soft_cap <= 0:
             raise ValueError("logits_soft_cap used in kernel run but not provided in plan()")
-        return self._attend(
-            q, self._pages(kv_cache), (), k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True
-        )
+        return self._attend(q, (kv_cache,), (), k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True)
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):
