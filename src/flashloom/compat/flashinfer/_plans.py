@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 import flashloom as fl
@@ -176,15 +177,16 @@ def kv_lengths(indptr: torch.Tensor, last_page_len: torch.Tensor, page_size: int
             f"last_page_len has shape {tuple(last_page_len.shape)} but indptr has {len(indptr)} entries: give one"
             f" length per request, [{len(indptr) - 1}]"
         )
-    pages, last = indptr[1:] - indptr[:-1], last_page_len.to(indptr.device)
-    if pages.device.type == "cpu":
-        pages = pages.to(torch.int64)  # a product may not wrap
-        wrong = (pages > 0) & (last < 0)
-        if bool(wrong.any()):
-            at = int(wrong.to(torch.int8).argmax())
-            raise ValueError(f"last_page_len[{at}] = {int(last[at])}: must be 1 to page_size = {page_size}")
-    lens = ((pages - 1) * page_size + last.to(pages.dtype)).masked_fill(pages <= 0, 0)
-    return int32(lens, lens.device, name="lengths")
+    if indptr.device.type == "cpu":
+        starts, own = indptr.numpy().astype(np.int64), last_page_len.cpu().numpy()
+        count = starts[1:] - starts[:-1]
+        if own.size and own.min() < 0 and (wrong := (count > 0) & (own < 0)).any():
+            at = int(wrong.argmax())
+            raise ValueError(f"last_page_len[{at}] = {own[at]}: must be 1 to page_size = {page_size}")
+        return to_int32("lengths", torch.from_numpy(np.where(count > 0, (count - 1) * page_size + own, 0)))
+    pages = indptr[1:] - indptr[:-1]
+    lens = (pages - 1) * page_size + last_page_len.to(indptr.device, indptr.dtype)
+    return int32(lens.masked_fill(pages <= 0, 0), indptr.device, name="lengths")
 
 
 def int32(x: torch.Tensor, device: torch.device, non_blocking: bool = True, *, name: str = "indices") -> torch.Tensor:

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 import flashloom as fl
 from flashloom.attention.function import attention
@@ -49,7 +50,7 @@ def single_prefill_with_kv_cache(
     two reduction flags permit sums in float16; flashloom's are in float32. Raises KeyError for an unknown layout or
     encoding."""
     utils.check_backend(backend)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _traced(
             "single_prefill_with_kv_cache", q, k, v, kv_layout, pos_encoding_mode, return_lse, o_dtype,
             scale_q=scale_q, scale_k=scale_k, scale_v=scale_v, custom_mask=custom_mask,
@@ -128,7 +129,7 @@ def single_decode_with_kv_cache(
     or of a batch, q [batch, q_heads, 1, head_dim], k and v [batch, kv_heads, kv_len, head_dim].
 
     Returns out in q's form, or (out, lse) with return_lse: float32 [q_heads], base 2 (4-D: [batch, q_heads, 1])."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _traced(
             "single_decode_with_kv_cache", q, k, v, kv_layout, pos_encoding_mode, return_lse, None, q_scale=q_scale,
             k_scale=k_scale, v_scale=v_scale, window_left=window_left, logits_soft_cap=logits_soft_cap,

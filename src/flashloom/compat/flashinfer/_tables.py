@@ -7,6 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 import flashloom as fl
 from flashloom.attention import Batch, Plan, Reserve
@@ -81,7 +82,7 @@ def attend_tables(
 ) -> Any:
     """query [tokens, q_heads, dim], q_len tokens per request or as q_indptr [requests + 1] says (q_len: the most).
     bmm2_scale is the whole factor of the result."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         owners = _ops.parts(kv_cache)
         if out is None:
             out = query.new_empty((*query.shape[:2], owners[-1].shape[-1]), dtype=out_dtype or query.dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 import flashloom as fl
 from flashloom.attention import Batch, Reserve
@@ -353,7 +354,7 @@ class Wrapper:
     ) -> Any:
         """run() of every wrapper. cache: (the paged cache,), or (k, v) of ragged keys; override: what forward() says in
         place of plan()."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             values = (q_scale, k_scale, v_scale, o_scale, sinks, *args)
             return self._traced(q, cache, values, out, lse, return_lse, lse_base, lse_layout, override)
         if override is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
 from flashloom.compat.flashinfer import _later, _ops, utils
 from flashloom.compat.flashinfer import _plans as plans
@@ -31,7 +32,7 @@ def append_paged_kv_cache(
 
     A token whose position lies outside its request's pages, whose request is none or whose page number is none raises
     ValueError where the index arrays are on the host; on a device, where nothing is read, it is skipped."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         torch.ops.flashloom_compat.append(
             append_key, append_value, batch_indices, positions, _ops.parts(paged_kv_cache), kv_indices, kv_indptr,
             kv_last_page_len, kv_layout,
