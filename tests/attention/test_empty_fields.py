@@ -19,14 +19,14 @@ class Reads(fl.Variant):
     def logits_transform(self, logits, at):
         index = (at.q_head, at.kv_pos)[: self.rank]
         value = self.x[index if self.rank > 1 else index[0]]
-        return logits + torch.where(at.kv_pos < 0, value, 0)  # read, and never used
+        return logits + torch.where(at.kv_pos > at.q_pos + at.kv_len, value, 0)  # read, and never used
 
 
 class ReadsBits(fl.Variant):
     x: fl.Bits
 
     def logits_mask(self, at):
-        return self.x[at.kv_pos] | (at.kv_pos >= 0)
+        return self.x[at.kv_pos] | (at.kv_pos <= at.q_pos + at.kv_len)
 
 
 def reads(shape: tuple[int, ...], dtype: torch.dtype) -> fl.Variant:

@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from tests.lower.check import compare
+from tests.variant.integers import KEYS, mask_of, score_of
 from tests.variant.strategies import Case, cases, conditions, numbers, tile_inputs, variant_of
 
 import flashloom.variant as v
@@ -99,7 +100,15 @@ def built_in_variants() -> None:
         check(case, variant)
 
 
+def random_integers() -> None:
+    """Integers of every type, negative indices and float64, of which tests/variant say what they are in torch."""
+    case = Case(q_len=KEYS, kv_len=KEYS, q_start=0, kv_start=0, batch=1, seed=0)
+    for seed in range(24):
+        check(case, v.from_flex(score_of(seed)[1], mask_of(seed)[1]))
+
+
 if __name__ == "__main__":
     built_in_variants()
+    random_integers()
     random_variants()
     print(f"{compared} variants agree")

@@ -151,7 +151,7 @@ def build(recipe: tuple, self: Any, at: Any) -> Any:
             "bits": lambda: OPS["to"](self.bits[i], torch.int32),
         }[name]()
     if name in ("bitand", "bitor", "bitxor"):
-        return OPS[name](*(int(a) if isinstance(a, float) else _integer(a) for a in args))
+        return OPS[name](*(int(min(a, 2e9)) if isinstance(a, float) else _integer(a) for a in args))
     if name in ("to_int", "to_float", "to_long"):
         return OPS["to"](args[0], {"to_int": torch.int32, "to_float": torch.float32, "to_long": torch.int64}[name])
     if name in ("and", "or", "xor", "not"):

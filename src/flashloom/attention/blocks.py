@@ -26,7 +26,7 @@ def _variant(block_q: int, block_kv: int) -> type[Variant]:
 
         def logits_mask(self, at):
             row = self.block_pattern_first[at.batch] + (at.q_pos - at.kv_len + at.q_len) // block_q
-            return self.block_pattern_kept[row, at.kv_pos // block_kv]
+            return self.block_pattern_kept[torch.clamp(row, 0, 2**30), at.kv_pos // block_kv]
 
     return Blocks
 

@@ -65,7 +65,7 @@ class SameChunk(fl.Variant):
     start: fl.PerRequest
 
     def logits_mask(self, at):
-        start = self.start[at.batch]
+        start = torch.clamp(self.start[at.batch], -(2**29), 2**29)  # so that differences fit 32 bits
         return (at.kv_pos - start) // self.size == (at.q_pos - start) // self.size
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from flashloom.lower.forms import cap
-from flashloom.variant import ranges
-from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, Expr, Param, Program, topological
+from flashloom.variant import ranges, spans
+from flashloom.variant.expr import BOOL, DOUBLE, FLOAT, INT32, INT64, Expr, Param, Program, topological
 
 # these would be keywords or functions of the C library
 NAMES = {
@@ -32,7 +32,7 @@ NAMES = {
         "shr",
     )
 }
-CASTS = {BOOL: "to_bool", INT32: "to_int32", INT64: "to_int64", FLOAT: "to_float"}
+CASTS = {BOOL: "to_bool", INT32: "to_int32", INT64: "to_int64", FLOAT: "to_float", DOUBLE: "to_double"}
 TAGS = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64",
     "int64": "i64", "int32": "i32", "int16": "i16", "int8": "i8",
@@ -49,6 +49,9 @@ def literal(value: bool | int | float, dtype: str) -> str:
             return '__builtin_nanf("")'
         text = LITERALS.get(value) or f"{value!r}f"
         return f"({text})" if value < 0 else text
+    if dtype == DOUBLE:
+        text = f"double({LITERALS[value]})" if value in LITERALS else repr(value)
+        return '__builtin_nan("")' if value != value else f"({text})"
     if dtype == INT64:
         return f"int64_t({value}LL)" if value != -(2**63) else "(int64_t(-9223372036854775807LL) - 1)"
     return str(value) if value >= 0 else f"({value})" if value != -(2**31) else "(-2147483647 - 1)"
@@ -98,13 +101,15 @@ class _Writer:
     def load(self, node: Expr, args: list[str]) -> str:
         p: Param = node.attr
         i = self.index[p]
+        place = ["wrap_index" if wraps else "clamp_index" for wraps in spans.wraps(node)]
         if p.kind == "bits":
-            return f"load_bit(p.data{i}, clamp_index({args[0]}, p.size{i}_0 * 8))"
+            return f"load_bit(p.data{i}, {place[0]}({args[0]}, p.size{i}_0 * 8))"
         if p.kind in ("head", "kv_head", "request"):
-            return f"load_entry<{TAGS[p.dtype]}>(p.data{i}, {args[0]}, p.size{i}_0, p.stride{i}_0)"
+            index = f"wrap_index({args[0]}, p.size{i}_0)" if spans.wraps(node)[0] else args[0]
+            return f"load_entry<{TAGS[p.dtype]}>(p.data{i}, {index}, p.size{i}_0, p.stride{i}_0)"
         offset = "int64_t(0)"
         for d, a in enumerate(args):
-            term = f"mul(to_int64(clamp_index({a}, p.size{i}_{d})), p.stride{i}_{d})"
+            term = f"mul(to_int64({place[d]}({a}, p.size{i}_{d})), p.stride{i}_{d})"
             offset = term if d == 0 else f"add({offset}, {term})"
         return f"load<{TAGS[p.dtype]}>(p.data{i}, {offset})"
 
@@ -150,7 +155,7 @@ def _params(program: Program) -> list[str]:
     lines, reads, word = ["  struct Params {"], [], 0
     for i, p in enumerate(program.params):
         if p.kind == "scalar":
-            kind = {BOOL: "bool", FLOAT: "float"}.get(p.compute_dtype, "int32_t")
+            kind = {BOOL: "bool", FLOAT: "float", INT64: "int64_t"}.get(p.compute_dtype, "int32_t")
             lines.append(f"    {kind} scalar{i};  // {p.name}")
             source = f"float(word_as_double(words[{word}]))" if kind == "float" else f"{kind}(words[{word}])"
             reads.append(f"      scalar{i} = {source};")

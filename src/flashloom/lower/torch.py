@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, Expr, Program, topological
+from flashloom.variant.expr import BOOL, DOUBLE, FLOAT, INT32, INT64, Expr, Program, topological
 
 
 def _divide_or_zero(function: Callable) -> Callable:
@@ -51,7 +51,9 @@ def evaluate(
     with a trailing dimension of 1. `values` belong to `program.params`. Returns the broadcast result.
     """
     root: Expr = getattr(program, hook)
-    dtypes = {BOOL: torch.bool, INT32: torch.int32, INT64: torch.int64, FLOAT: float_dtype}
+    dtypes = {
+        BOOL: torch.bool, INT32: torch.int32, INT64: torch.int64, FLOAT: float_dtype, DOUBLE: torch.float64,
+    }  # fmt: skip
     by_param = dict(zip(program.params, values))
     device = next(iter(inputs.values())).device
     done: dict[Expr, torch.Tensor] = {}
@@ -77,7 +79,10 @@ def evaluate(
 
 
 def _load(node: Expr, tensor: torch.Tensor, indices: list[torch.Tensor]) -> torch.Tensor:
-    """Indices are clamped into the tensor."""
+    """Negative indices count from the end, except in fields per token; then indices are clamped into the tensor."""
+    if node.attr.kind not in ("query", "key"):
+        sizes = (tensor.numel() * 8,) if node.attr.kind == "bits" else tensor.shape
+        indices = [torch.where(i < 0, i.long() + n, i) for i, n in zip(indices, sizes)]
     if node.attr.kind == "bits":
         bit = indices[0].long().clamp(0, tensor.numel() * 8 - 1)
         return (tensor[bit // 8].int() >> (bit % 8).int()) & 1 != 0

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import math
 import re
+import struct
 import tempfile
 from dataclasses import field
 from functools import lru_cache
@@ -17,14 +18,26 @@ from types import SimpleNamespace
 from typing import Any
 
 from flashloom.dataclass import dataclass
-from flashloom.variant import ranges
-from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, INT_BOUNDS, Expr, Param, Program, topological
+from flashloom.variant import ranges, spans
+from flashloom.variant.expr import (
+    BITS,
+    BOOL,
+    DOUBLE,
+    FLOAT,
+    FLOATS,
+    INT32,
+    INT64,
+    INT_BOUNDS,
+    Expr,
+    Param,
+    Program,
+    topological,
+)
 
-TYPES = {BOOL: "tl.int1", INT32: "tl.int32", INT64: "tl.int64", FLOAT: "tl.float32"}
+TYPES = {BOOL: "tl.int1", INT32: "tl.int32", INT64: "tl.int64", FLOAT: "tl.float32", DOUBLE: "tl.float64"}
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/",
           "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=",
-          "and": "&", "or": "|", "xor": "^", "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<",
-          "shr": ">>"}  # fmt: skip
+          "and": "&", "or": "|", "xor": "^", "bitand": "&", "bitor": "|", "bitxor": "^"}  # fmt: skip
 CALLS = {"abs": "tl.abs", "exp": "tl.exp", "exp2": "tl.exp2", "log": "tl.log", "log2": "tl.log2",
          "sqrt": "tl.sqrt", "rsqrt": "tl.rsqrt",
          "erf": "tl.erf", "sin": "_sin", "cos": "_cos", "floor": "tl.floor", "where": "tl.where",
@@ -77,9 +90,9 @@ def _cos(x):
 
 @triton.jit
 def _floordiv(a, b):
-    # Triton truncates; a divisor of 0 gives 0
-    divisor = tl.where(b == 0, 1, b)
-    quotient = a // divisor
+    # Triton truncates; a divisor of 0 gives 0, and -1 the one quotient that overflows
+    divisor = tl.where((b == 0) | (b == -1), 1, b)
+    quotient = tl.where(b == -1, -a, a // divisor)
     rest = a - quotient * divisor
     quotient = quotient - tl.where((rest != 0) & ((rest < 0) != (divisor < 0)), 1, 0)
     return tl.where(b == 0, 0, quotient)
@@ -88,6 +101,32 @@ def _floordiv(a, b):
 @triton.jit
 def _mod(a, b):
     return tl.where(b == 0, 0, a - _floordiv(a, b) * b)
+
+
+@triton.jit
+def _shl(a, count, bits: tl.constexpr):
+    # a count outside of the type shifts everything out
+    inside = (count >= 0) & (count < bits)
+    return tl.where(inside, a << tl.where(inside, count, 0), 0)
+
+
+@triton.jit
+def _shr(a, count, bits: tl.constexpr):
+    return a >> tl.where((count >= 0) & (count < bits), count, bits - 1)
+
+
+@triton.jit
+def _remainder(a, b):
+    # of float64: a quotient that was rounded up or down is made good
+    rest = tl.fma(-tl.floor(a / b), b, a)
+    rest = tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+    return tl.where(tl.abs(rest) >= tl.abs(b), rest - b, rest)
+
+
+@triton.jit
+def _wrap(index, size):
+    # a negative index counts from the end
+    return _clamp(tl.where(index < 0, index + size, index), size)
 
 
 @triton.jit
@@ -145,11 +184,27 @@ NAMES = (*HOOKS, "mask_bounds", "query_index", "key_index", "cap_factors", "posi
 
 
 def literal(value: bool | int | float, dtype: str) -> str:
+    if dtype == DOUBLE:
+        return _double(value)
     if dtype == FLOAT and not math.isfinite(value):
         return f'float("{value}")'
     if dtype == INT64:
         return f"tl.cast({value}, tl.int64)"
     return f"({value!r})" if dtype != BOOL and value < 0 else repr(value)
+
+
+def _double(value: float) -> str:
+    """A float64 as a sum: Triton reads a Python float as float32."""
+    parts: list[float] = []
+    rest = value
+    while not parts or (rest and math.isfinite(rest)):
+        part = struct.unpack("f", struct.pack("f", rest))[0] if abs(rest) < 3e38 else rest
+        if not part and parts:
+            break  # below what float32 holds
+        parts.append(part)
+        rest -= part
+    text = [f"tl.cast({literal(p, FLOAT)}, tl.float64)" for p in parts]
+    return text[0] if len(text) == 1 else f"({' + '.join(text)})"
 
 
 class _Writer:
@@ -203,23 +258,35 @@ class _Writer:
         if op in ("min", "max"):
             nan = "" if integer else ", propagate_nan=tl.PropagateNan.ALL"
             return f"tl.{op}imum({a[0]}, {a[1]}{nan})"
+        if op in ("shl", "shr"):
+            return f"_{op}({a[0]}, {a[1]}, {BITS[node.dtype]})"
         if op in ("floordiv", "mod"):
             if integer:
                 return f"_{op}({a[0]}, {a[1]})"
+            if node.dtype == DOUBLE:
+                rest = f"_remainder({a[0]}, {a[1]})"
+                return rest if op == "mod" else f"tl.floor(({a[0]} - {rest}) / {a[1]} + 0.5)"
             return f"tl.floor({a[0]} / {a[1]})" if op == "floordiv" else f"{a[0]} - tl.floor({a[0]} / {a[1]}) * {a[1]}"
         if op in BINARY:
             return f"{a[0]} {BINARY[op]} {a[1]}"
+        if op == "tanh" and node.dtype == DOUBLE:
+            return f"1.0 - 2.0 / (tl.exp(2.0 * {a[0]}) + 1.0)"
         return f"{CALLS[op]}({', '.join(a)})"
 
     def load(self, node: Expr, indices: list[str]) -> str:
         p: Param = node.attr
         w = self.words[p]
+        wraps = spans.wraps(node)
+
+        def place(d: int) -> str:
+            return "_wrap" if wraps[d] else "_clamp"
+
         if p.kind == "bits":
             bit = f"t{len(self.lines)}_bit"
-            self.lines.append(f"    {bit} = _clamp({indices[0]}, tl.cast(values[{w + 1}], tl.int64) * 8)")
+            self.lines.append(f"    {bit} = {place(0)}({indices[0]}, tl.cast(values[{w + 1}], tl.int64) * 8)")
             return f"((tl.load(values[{w}] + {bit} // 8).to(tl.int32) >> ({bit} % 8).to(tl.int32)) & 1) != 0"
         offset = [
-            f"_clamp({i}, values[{w + 1 + d}]).to(tl.int64) * values[{w + 1 + p.rank + d}]"
+            f"{place(d)}({i}, values[{w + 1 + d}]).to(tl.int64) * values[{w + 1 + p.rank + d}]"
             for d, i in enumerate(indices)
         ]
         value = f"tl.load({' + '.join([f'values[{w}]', *offset])})"
@@ -229,11 +296,11 @@ class _Writer:
         """1-D blocks are read; of others nothing is known."""
         p: Param = node.attr
         w = self.words[p]
-        if p.rank != 1 or p.kind == "bits" or node.dtype == FLOAT:
+        if p.rank != 1 or p.kind == "bits" or node.dtype in FLOATS:
             smallest = node.op == "block_min"
             if node.dtype == BOOL:
                 return f"tl.cast({not smallest}, tl.int1)"
-            value = literal(math.nan, FLOAT) if node.dtype == FLOAT else INT_BOUNDS[node.dtype][0 if smallest else 1]
+            value = literal(math.nan, FLOAT) if node.dtype in FLOATS else INT_BOUNDS[node.dtype][0 if smallest else 1]
             return f"tl.cast({value}, {TYPES[node.dtype]})"
         pair = self.blocks.get((w, *corners))
         if pair is None:

@@ -1,8 +1,9 @@
 """The expression IR: small, typed, hash-consed.
 
 An `Expr` is a node of a directed acyclic graph. Equal expressions are one object, so common subexpressions are shared
-from the start, and `make` folds constants and drops identities, so nothing later has to. Types are bool, int32, int64
-and float32; integers wrap, `floordiv` and `mod` floor, as in torch.
+from the start, and `make` folds constants and drops identities, so nothing later has to. Integers wrap in their type,
+`floordiv` and `mod` floor, as in torch. While hooks are traced, types are those of torch's tensors; programs compute in
+bool, int32, int64, float32 and float64 (see `widths`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from typing import Any
 
 from flashloom.dataclass import dataclass
 
-BOOL, INT32, INT64, FLOAT = "bool", "int32", "int64", "float32"
-RANK = {BOOL: 0, INT32: 1, INT64: 2, FLOAT: 3}  # torch's promotion order
-INT_BOUNDS = {INT32: (-(2**31), 2**31 - 1), INT64: (-(2**63), 2**63 - 1)}
+BOOL, INT32, INT64, FLOAT, DOUBLE = "bool", "int32", "int64", "float32", "float64"
+UINT8, INT8, INT16 = "uint8", "int8", "int16"
+FLOATS = (FLOAT, DOUBLE)
+# torch's promotion order; uint8 and int8 meet in int16
+RANK = {BOOL: 0, UINT8: 1, INT8: 2, INT16: 3, INT32: 4, INT64: 5, FLOAT: 6, DOUBLE: 7}
+BITS = {INT8: 8, INT16: 16, INT32: 32, INT64: 64}
+INT_BOUNDS = {UINT8: (0, 255), **{t: (-(1 << (n - 1)), (1 << (n - 1)) - 1) for t, n in BITS.items()}}
 
 #: Every input a hook can read, with its type. Positions are absolute: q_pos = kv_len - q_len + i.
 INPUTS = {
@@ -48,9 +53,18 @@ class Param:
     def compute_dtype(self) -> str:
         if self.kind == "bits" or self.dtype == BOOL:
             return BOOL
+        if self.dtype == DOUBLE:
+            return DOUBLE
         if self.dtype.startswith(("float", "bfloat")):
             return FLOAT
         return INT64 if self.dtype == INT64 else INT32
+
+    @property
+    def traced_dtype(self) -> str:
+        """The type of what a hook reads: torch's, but float32 for 16-bit floats, and int64 for Python's integers."""
+        if self.kind == "scalar" and self.compute_dtype == INT32:
+            return INT64
+        return self.dtype if self.dtype in INT_BOUNDS and self.kind != "bits" else self.compute_dtype
 
 
 class Expr:
@@ -99,12 +113,13 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def const(value: bool | int | float, dtype: str | None = None) -> Expr:
-    """A constant; without a dtype a Python int is int32 (int64 if it must be) and a float is float32."""
+    """A constant, wrapped in its type; without a dtype a Python int is int32 (int64 if it must be) and a float is
+    float32."""
     if dtype is None:
         dtype = BOOL if isinstance(value, bool) else FLOAT if isinstance(value, float) else INT32
         if dtype == INT32 and not INT_BOUNDS[INT32][0] <= value <= INT_BOUNDS[INT32][1]:
             dtype = INT64
-    value = bool(value) if dtype == BOOL else float(value) if dtype == FLOAT else _wrap(int(value), dtype)
+    value = bool(value) if dtype == BOOL else float(value) if dtype in FLOATS else _wrap(int(value), dtype)
     return _node("const", dtype, (), value)
 
 
@@ -116,8 +131,8 @@ TRUE, FALSE = const(True), const(False)
 
 
 def _wrap(value: int, dtype: str) -> int:
-    bits = 32 if dtype == INT32 else 64
-    return (value + (1 << (bits - 1))) % (1 << bits) - (1 << (bits - 1))
+    low, high = INT_BOUNDS[dtype]
+    return (value - low) % (high - low + 1) + low
 
 
 def _guard(function: Callable[..., float]) -> Callable[..., float]:
@@ -168,7 +183,8 @@ SCALAR: dict[str, Callable] = {
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": operator.not_, "isnan": lambda a: a != a,
     "bitand": operator.and_, "bitor": operator.or_, "bitxor": operator.xor, "bitnot": operator.invert,
-    "shl": lambda a, b: a << b if 0 <= b < 64 else 0, "shr": lambda a, b: a >> b if b >= 0 else 0,
+    # a count outside of the type shifts everything out; a right shift keeps the sign
+    "shl": lambda a, b: a << b if 0 <= b < 64 else 0, "shr": lambda a, b: a >> (b if 0 <= b < 64 else 63),
     "where": lambda c, a, b: a if c else b,
     "cast": lambda a: a,
 }  # fmt: skip
@@ -179,7 +195,7 @@ def fold(op: str, dtype: str, values: tuple) -> bool | int | float:
     value = SCALAR[op](*values)
     if dtype == BOOL:
         return bool(value)
-    if dtype == FLOAT:
+    if dtype in FLOATS:
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return 0
@@ -233,7 +249,7 @@ def _identity(op: str, dtype: str, args: tuple[Expr, ...]) -> Expr | None:
         return a
     elif integer and op == "sub" and a is b:
         return const(0, dtype)
-    elif op in COMPARISONS and a is b and a.dtype != FLOAT:
+    elif op in COMPARISONS and a is b and a.dtype not in FLOATS:
         return const(op in ("le", "ge", "eq"))
     return None
 

@@ -74,6 +74,11 @@ else:
         _kind = "scalar"
 
 
+#: What a tensor may hold: the types that torch computes with.
+DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64,
+)  # fmt: skip
 _PLAIN: dict[Any, str] = {float: "scalar", int: "scalar", bool: "scalar", torch.Tensor: "tensor"}
 
 
@@ -109,8 +114,8 @@ def as_value(owner: str, name: str, kind: str, value: Any) -> torch.Tensor | int
             return value
         if isinstance(value, float):
             return float(value)
-        if not -(2**31) <= value < 2**31:
-            raise ValueError(f"{where} is {value}: an int field is int32; give a 0-dim int64 tensor for larger numbers")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{where} is {value}: an int field holds at most 64 bits")
         return int(value)
     if isinstance(value, (list, tuple)):
         try:
@@ -129,8 +134,9 @@ def as_value(owner: str, name: str, kind: str, value: Any) -> torch.Tensor | int
             f"{where} has dtype {value.dtype}: packed bits are uint8 (numpy.packbits(..., bitorder='little') makes "
             "them)"
         )
-    if value.is_complex() or value.is_quantized or str(value.dtype).startswith("torch.float8"):
-        raise TypeError(f"{where} has dtype {value.dtype}: use bool, an integer type, float16, bfloat16 or float32")
+    if value.dtype not in DTYPES:
+        names = ", ".join(str(t).removeprefix("torch.") for t in DTYPES)
+        raise TypeError(f"{where} has dtype {value.dtype}: use one of {names}")
     if value.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{where} requires grad, and flashloom computes no gradients: pass it with .detach() or work under "

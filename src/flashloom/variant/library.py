@@ -54,8 +54,9 @@ def sliding_window(left: int | None, right: int | None = None) -> Variant:
             raise ValueError(
                 f"sliding_window({name}={width!r}): a width is a number of tokens, 0 or more; None leaves the side open"
             )
-    sides = ([LeftWindow(left=left)] if left is not None else []) + (
-        [RightWindow(right=right)] if right is not None else []
+    # positions stay below 2**30: a wider window has no limit, and in this form no kernel of its own
+    sides = ([LeftWindow(left=min(left, 2**30))] if left is not None else []) + (
+        [RightWindow(right=min(right, 2**30))] if right is not None else []
     )
     return full if not sides else sides[0] if len(sides) == 1 else sides[0] & sides[1]
 
@@ -243,7 +244,7 @@ class RaggedMask(Variant):
 
     def logits_mask(self, at):
         row = at.q_pos - (at.kv_len - at.q_len)
-        return self.mask[self.indptr[at.batch].to(torch.int64) + row.to(torch.int64) * at.kv_len + at.kv_pos]
+        return self.mask[torch.clamp(self.indptr[at.batch] + row * at.kv_len, 0, 2**62) + at.kv_pos]
 
 
 class PackedMask(Variant):
@@ -252,7 +253,8 @@ class PackedMask(Variant):
 
     def logits_mask(self, at):
         row = at.q_pos - (at.kv_len - at.q_len)
-        return self.bits[self.indptr[at.batch].to(torch.int64) * 8 + row.to(torch.int64) * at.kv_len + at.kv_pos]
+        start = self.indptr[at.batch].to(torch.int64) * 8 + row * at.kv_len
+        return self.bits[torch.clamp(start, 0, 2**62) + at.kv_pos]
 
 
 def _starts(indptr: torch.Tensor | Sequence[int]) -> torch.Tensor:

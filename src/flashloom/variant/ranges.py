@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from flashloom.dataclass import dataclass
+from flashloom.variant import spans
 from flashloom.variant.expr import (
     BOOL,
+    DOUBLE,
     FALSE,
     FLOAT,
+    FLOATS,
     INT32,
     INT64,
     INT_BOUNDS,
@@ -39,24 +42,16 @@ from flashloom.variant.expr import (
 
 SKIP, PARTIAL, FULL = 0, 1, 2
 
-# positions, lengths and token counts stay below 2**30 (Batch checks it), so that sums of two of them fit int32
-LIMIT = 2**30 - 1
-STATIC = {
-    "q_pos": (-LIMIT, LIMIT), **dict.fromkeys(("kv_pos", "q_len", "kv_len", "q_start", "kv_start"), (0, LIMIT)),
-    "batch": (0, 2**24), "q_head": (0, 2**16), "kv_head": (0, 2**16),
-}  # fmt: skip
 VARYING = ("q_head", "q_pos", "kv_pos")
 NAN = const(math.nan)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Bounds as expressions; `static` is what the type and the inputs' ranges allow whatever the tile (None for floats
-    and bools)."""
+    """Bounds as expressions. Those of integers lie within the node's span (see `spans`)."""
 
     lo: Expr
     hi: Expr
-    static: tuple[int, int] | None = None
     exact: bool = False  # one value over the whole tile, computed just as the mask computes it
 
 
@@ -66,10 +61,14 @@ def bounds(root: Expr) -> tuple[Expr, Expr]:
     known: dict[Expr, Interval] = {}
     for node in topological(root):
         args = tuple(known[a] for a in node.args)
-        if all(a.exact for a in args) and node.op not in ("input", "element") and node.dtype != FLOAT:
+        if all(a.exact for a in args) and node.op not in ("input", "element") and node.dtype not in FLOATS:
             known[node] = _exact(node, args)
+        elif node.dtype == DOUBLE or (node.op == "cast" and node.args[0].dtype == DOUBLE):
+            known[node] = _unknown(node)
         else:
             known[node] = RULES.get(node.op, _unknown)(node, args)
+            if node.dtype in INT_BOUNDS and spans.facts(node).closer:
+                known[node] = _within(known[node], node)
     return known[root].lo, known[root].hi
 
 
@@ -97,6 +96,10 @@ def tile_verdict(program: Program, values: tuple[Any, ...], tile: Mapping[str, i
 
 
 def host_load(node: Expr, tensor: torch.Tensor, indices: tuple) -> Any:
+    """Negative indices count from the end; then they are clamped."""
+    if node.attr.kind not in ("query", "key"):
+        sizes = (tensor.numel() * 8,) if node.attr.kind == "bits" else tensor.shape
+        indices = tuple(i + n if i < 0 else i for i, n in zip(indices, sizes))
     if node.attr.kind == "bits":
         bit = min(max(indices[0], 0), tensor.numel() * 8 - 1)
         return bool(int(tensor[bit // 8]) >> (bit % 8) & 1)
@@ -123,58 +126,22 @@ def host_block(node: Expr, tensor: torch.Tensor, corners: tuple) -> Any:
 
 def _exact(node: Expr, args: tuple[Interval, ...]) -> Interval:
     value = make(node.op, node.dtype, tuple(a.lo for a in args), node.attr)
-    return Interval(value, value, _static(node, args), exact=True)
-
-
-def _static(node: Expr, args: tuple[Interval, ...]) -> tuple[int, int] | None:
-    """The range of an integer node for every tile, or its type's range where it could wrap."""
-    if node.dtype not in INT_BOUNDS:
-        return None
-    full = INT_BOUNDS[node.dtype]
-    wide = _wide(node, args)
-    return wide if wide is not None and full[0] <= wide[0] and wide[1] <= full[1] else full
-
-
-def _wide(node: Expr, args: tuple[Interval, ...]) -> tuple[int, int] | None:
-    """The same before wrapping, in exact integers; None where no rule says."""
-    if node.op == "const":
-        return node.attr, node.attr
-    if node.op == "input":
-        return STATIC[str(node.attr)]
-    s = [a.static if a.static is not None else (0, 1) for a in args]
-    if node.op == "cast":
-        return s[0] if node.args[0].dtype != FLOAT else None
-    if node.op == "add":
-        return s[0][0] + s[1][0], s[0][1] + s[1][1]
-    if node.op == "sub":
-        return s[0][0] - s[1][1], s[0][1] - s[1][0]
-    if node.op == "neg":
-        return -s[0][1], -s[0][0]
-    if node.op == "abs":
-        return 0, max(abs(s[0][0]), abs(s[0][1]))
-    if node.op == "mul":
-        corners = [a * b for a in s[0] for b in s[1]]
-        return min(corners), max(corners)
-    if node.op in ("min", "max"):
-        pick = min if node.op == "min" else max
-        return pick(s[0][0], s[1][0]), pick(s[0][1], s[1][1])
-    if node.op == "where":
-        return min(s[1][0], s[2][0]), max(s[1][1], s[2][1])
-    if node.op == "floordiv":
-        largest = max(abs(s[0][0]), abs(s[0][1]))
-        return -largest, largest
-    if node.op == "mod":
-        return min(0, s[1][0] + 1), max(0, s[1][1] - 1)
-    return None
+    return Interval(value, value, exact=True)
 
 
 def _unknown(node: Expr, args: tuple[Interval, ...] = ()) -> Interval:
     if node.dtype == BOOL:
         return Interval(FALSE, TRUE)
-    if node.dtype == FLOAT:
-        return Interval(NAN, NAN)
-    lo, hi = INT_BOUNDS[node.dtype]
-    return Interval(const(lo, node.dtype), const(hi, node.dtype), (lo, hi))
+    if node.dtype in FLOATS:
+        return Interval(const(math.nan, node.dtype), const(math.nan, node.dtype))
+    lo, hi = spans.span(node)
+    return Interval(const(lo, node.dtype), const(hi, node.dtype))
+
+
+def _within(a: Interval, node: Expr) -> Interval:
+    """Bounds cut to the node's span: what is computed from them may rely on that not to wrap."""
+    lo, hi = (const(x, node.dtype) for x in spans.span(node))
+    return Interval(_op("max", a.lo, lo), _op("min", a.hi, hi))
 
 
 def _op(name: str, *args: Expr) -> Expr:
@@ -217,10 +184,10 @@ def _loose(lo: Expr, hi: Expr) -> Interval:
 def _integers(node: Expr, args: tuple[Interval, ...], rule: Callable[..., tuple[Expr, Expr]]) -> Interval:
     """Apply a rule to integer bounds, in int64 with a check where int32 could wrap."""
     full = INT_BOUNDS[node.dtype]
-    wide = _wide(node, args)
+    wide = spans.exact(node)
     if wide is not None and full[0] <= wide[0] and wide[1] <= full[1]:
         lo, hi = rule(*((a.lo, a.hi) for a in args))
-        return Interval(lo, hi, wide)
+        return Interval(lo, hi)
     if wide is None:
         return _unknown(node)
     if wide[0] < INT_BOUNDS[INT64][0] or wide[1] > INT_BOUNDS[INT64][1]:
@@ -229,11 +196,11 @@ def _integers(node: Expr, args: tuple[Interval, ...], rule: Callable[..., tuple[
         limit = const(2**31 if node.op == "mul" else 2**61, INT64)
         small = all_of(*(all_of(_test("gt", a.lo, _op("neg", limit)), _test("lt", a.hi, limit)) for a in args))
         lo, hi = rule(*((a.lo, a.hi) for a in args))
-        return Interval(select(small, lo, const(full[0], INT64)), select(small, hi, const(full[1], INT64)), full)
+        return Interval(select(small, lo, const(full[0], INT64)), select(small, hi, const(full[1], INT64)))
     lo, hi = rule(*((cast(a.lo, INT64), cast(a.hi, INT64)) for a in args))
     fits = all_of(_test("ge", lo, const(full[0], INT64)), _test("le", hi, const(full[1], INT64)))
     return Interval(
-        select(fits, cast(lo, INT32), const(full[0], INT32)), select(fits, cast(hi, INT32), const(full[1], INT32)), full
+        select(fits, cast(lo, INT32), const(full[0], INT32)), select(fits, cast(hi, INT32), const(full[1], INT32))
     )
 
 
@@ -297,7 +264,6 @@ def _modulo(node: Expr, args: tuple[Interval, ...]) -> Interval:
     return Interval(
         select(one_turn, _op("mod", a.lo, n), select(positive, zero, _op("add", n, one))),
         select(one_turn, _op("mod", a.hi, n), select(positive, _op("sub", n, one), zero)),
-        _static(node, args),
     )
 
 
@@ -361,42 +327,43 @@ def _where(node: Expr, args: tuple[Interval, ...]) -> Interval:
     low, high = (all_of, any_of) if node.dtype == BOOL else (_least, _most)
     lo = select(c.lo, a.lo, select(c.hi, low(a.lo, b.lo), b.lo))
     hi = select(c.lo, a.hi, select(c.hi, high(a.hi, b.hi), b.hi))
-    return Interval(lo, hi, _static(node, args))
+    return Interval(lo, hi)
 
 
 def _cast(node: Expr, args: tuple[Interval, ...]) -> Interval:
     (a,) = args
     source = node.args[0].dtype
     if node.dtype == FLOAT or source == BOOL:
-        return Interval(cast(a.lo, node.dtype), cast(a.hi, node.dtype), _static(node, args))
+        return Interval(cast(a.lo, node.dtype), cast(a.hi, node.dtype))
     if source == FLOAT:
         lo, hi = INT_BOUNDS[node.dtype]
         fits = all_of(_test("gt", a.lo, const(float(lo))), _test("lt", a.hi, const(float(hi) * (1 - 2.0**-20))))
         return Interval(
             select(fits, cast(a.lo, node.dtype), const(lo, node.dtype)),
             select(fits, cast(a.hi, node.dtype), const(hi, node.dtype)),
-            (lo, hi),
         )
-    if node.dtype == INT64:
-        return Interval(cast(a.lo, INT64), cast(a.hi, INT64), a.static)
+    low, high = INT_BOUNDS[node.dtype]
+    values = spans.span(node.args[0])
+    if low <= values[0] and values[1] <= high:
+        return Interval(cast(a.lo, node.dtype), cast(a.hi, node.dtype))
     return _integers(node, args, lambda x: x)
 
 
 def _bitand(node: Expr, args: tuple[Interval, ...]) -> Interval:
+    """One operand that is not negative bounds the result, whatever the other."""
     a, b = args
-    lo, hi = INT_BOUNDS[node.dtype]
+    lo, hi = (const(x, node.dtype) for x in spans.span(node))
     zero = const(0, node.dtype)
-    fine = all_of(_test("ge", a.lo, zero), _test("ge", b.lo, zero))
-    return Interval(
-        select(fine, zero, const(lo, node.dtype)), select(fine, _least(a.hi, b.hi), const(hi, node.dtype)), (lo, hi)
-    )
+    first, second = _test("ge", a.lo, zero), _test("ge", b.lo, zero)
+    least = _least(select(first, a.hi, hi), select(second, b.hi, hi), hi)
+    return Interval(select(any_of(first, second), zero, lo), least)
 
 
 def _input(node: Expr, args: tuple[Interval, ...]) -> Interval:
     name = str(node.attr)
     if name in VARYING:
-        return Interval(inp(f"{name}_lo"), inp(f"{name}_hi"), STATIC[name])
-    return Interval(node, node, STATIC[name], exact=True) if name in STATIC else _unknown(node)
+        return Interval(inp(f"{name}_lo"), inp(f"{name}_hi"))
+    return Interval(node, node, exact=True) if name in spans.STATIC else _unknown(node)
 
 
 def _load(node: Expr, args: tuple[Interval, ...]) -> Interval:
@@ -405,12 +372,19 @@ def _load(node: Expr, args: tuple[Interval, ...]) -> Interval:
         return _exact(node, args)
     corners = tuple(c for a in args for c in (a.lo, a.hi))
     lo, hi = (make(op, node.dtype, corners, node.attr) for op in ("block_min", "block_max"))
-    return Interval(lo, hi, _static(node, args))
+    unknown = _unknown(node)
+    for a, wraps in zip(args, spans.wraps(node)):  # a box that reaches below 0 is two boxes
+        if wraps:
+            inside = _test("ge", a.lo, const(0, a.lo.dtype))
+            lo, hi = select(inside, lo, unknown.lo), select(inside, hi, unknown.hi)
+    found = Interval(lo, hi)
+    small = node.dtype in INT_BOUNDS and spans.span(node) != INT_BOUNDS[node.dtype]
+    return _within(found, node) if small else found  # a box that is not read answers the type's bounds
 
 
 RULES: dict[str, Callable[[Expr, tuple[Interval, ...]], Interval]] = {
-    "const": lambda node, args: Interval(node, node, _static(node, args), exact=True),
-    "param": lambda node, args: Interval(node, node, _static(node, args), exact=True),
+    "const": lambda node, args: Interval(node, node, exact=True),
+    "param": lambda node, args: Interval(node, node, exact=True),
     "input": _input, "load": _load, "cast": _cast, "where": _where,
     "add": _numeric(lambda a, b: (_op("add", a[0], b[0]), _op("add", a[1], b[1]))),
     "sub": _numeric(lambda a, b: (_op("sub", a[0], b[1]), _op("sub", a[1], b[0]))),

@@ -1,7 +1,8 @@
 """Tracing: hooks are called with symbols that answer Python operators and torch functions and write the expression
 down.
 
-Promotion follows torch: bool < int32 < int64 < float32, Python numbers are weak, `/` of integers is a float.
+Types and promotion are torch's: positions are int64, what a tensor holds has its type (16-bit floats count as float32),
+Python numbers are weak, `/` of integers is a float. In which width integers are computed is decided later (`widths`).
 """
 
 from __future__ import annotations
@@ -13,12 +14,23 @@ from typing import Any, NoReturn
 import torch
 
 from flashloom.variant import expr as ir
-from flashloom.variant.expr import BOOL, FLOAT, INT32, INT64, Expr, Param, make
+from flashloom.variant.expr import (
+    BOOL,
+    DOUBLE,
+    FLOAT,
+    FLOATS,
+    INT8,
+    INT16,
+    INT32,
+    INT64,
+    INT_BOUNDS,
+    UINT8,
+    Expr,
+    Param,
+    make,
+)
 
-TORCH_DTYPES = {
-    torch.bool: BOOL, torch.int32: INT32, torch.int: INT32, torch.int64: INT64, torch.long: INT64,
-    torch.float32: FLOAT, torch.float: FLOAT,
-}  # fmt: skip
+TORCH_DTYPES = {getattr(torch, t): t for t in (BOOL, UINT8, INT8, INT16, INT32, INT64, FLOAT, DOUBLE)}
 
 
 class TraceError(TypeError):
@@ -30,7 +42,9 @@ def lift(value: Any) -> Expr:
     if isinstance(value, Symbol):
         return value._expr
     if isinstance(value, (bool, int, float)):
-        return ir.const(value)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise TraceError(f"a hook computes with {value}, which is beyond int64: use a float")
+        return ir.const(value, INT64 if type(value) is int else None)
     if isinstance(value, Field):
         raise TraceError(
             f"the field {value._param.name!r} holds one value per index: index it, as in "
@@ -49,16 +63,18 @@ def lift(value: Any) -> Expr:
 
 
 def promote(args: tuple[Any, ...], at_least: str = BOOL) -> tuple[Expr, ...]:
-    """Bring arguments to one type by torch's rules: a Python number decides only if it is of a higher kind."""
+    """Bring arguments to one type by torch's rules: a Python number decides only if it is of a higher kind, and wraps
+    in the type that the others have."""
     exprs = [lift(a) for a in args]
-    strong = [e.dtype for e, a in zip(exprs, args) if isinstance(a, Symbol)] + [at_least]
+    strong = {e.dtype for e, a in zip(exprs, args) if isinstance(a, Symbol)} | {at_least}
     dtype = max(strong, key=ir.RANK.__getitem__)
-    for e, a in zip(exprs, args):
-        if not isinstance(a, Symbol):
-            if e.dtype == FLOAT and dtype != FLOAT:
-                dtype = FLOAT
-            elif e.dtype in (INT32, INT64) and dtype == BOOL:
-                dtype = INT32
+    if dtype == INT8 and UINT8 in strong:
+        dtype = INT16
+    weak = {e.dtype for e, a in zip(exprs, args) if not isinstance(a, Symbol)}
+    if FLOAT in weak and dtype not in FLOATS:
+        dtype = FLOAT
+    elif INT64 in weak and dtype == BOOL:
+        dtype = INT64
     return tuple(ir.cast(e, dtype) for e in exprs)
 
 
@@ -76,6 +92,8 @@ def _arithmetic(op: str, boolean: str | None) -> Callable[..., Symbol]:
                     ".to(torch.int32)"
                 )
             return Symbol(make(boolean, BOOL, (a, b)))
+        if op in ("floordiv", "mod") and b.op == "const" and b.dtype in INT_BOUNDS and b.attr == 0:
+            raise TraceError("an integer is divided by 0: use another divisor, or floats")
         return Symbol(make(op, a.dtype, (a, b)))
 
     return build
@@ -87,14 +105,14 @@ def _divide(a: Any, b: Any, rounding_mode: str | None = None) -> Symbol:
     if rounding_mode is not None:
         raise TraceError(f"division with rounding_mode={rounding_mode!r} cannot be traced: use '//' (floor)")
     a, b = promote((a, b), FLOAT)
-    return Symbol(make("div", FLOAT, (a, b)))
+    return Symbol(make("div", a.dtype, (a, b)))
 
 
 def _compare(op: str) -> Callable[..., Symbol]:
     def build(a: Any, b: Any) -> Symbol:
         a, b = promote((a, b))
         if a.dtype == BOOL and op not in ("eq", "ne"):
-            a, b = ir.cast(a, INT32), ir.cast(b, INT32)
+            a, b = ir.cast(a, UINT8), ir.cast(b, UINT8)
         if a.dtype == BOOL:
             different = make("xor", BOOL, (a, b))
             return Symbol(different if op == "ne" else ir.negate(different))
@@ -115,7 +133,7 @@ def _logic(op: str) -> Callable[..., Symbol]:
 def _bitwise(op: str, boolean: str | None) -> Callable[..., Symbol]:
     def build(*args: Any) -> Symbol:
         exprs = promote(args)
-        if exprs[0].dtype == FLOAT:
+        if exprs[0].dtype in FLOATS:
             raise TraceError(f"{op} needs bools or integers: compare floats first, as in (x > 0) & (y > 0)")
         if exprs[0].dtype == BOOL:
             if boolean is None:
@@ -130,7 +148,10 @@ def _float_function(op: str) -> Callable[..., Symbol]:
     def build(a: Any, **options: Any) -> Symbol:
         if options:
             raise TraceError(f"torch.{op} takes no {', '.join(options)} in a hook")
-        return Symbol(make(op, FLOAT, (ir.cast(lift(a), FLOAT),)))
+        (e,) = promote((a,), FLOAT)
+        if e.dtype == DOUBLE and op in ("sin", "cos", "erf"):
+            raise TraceError(f"torch.{op} of a float64 cannot be traced: convert with .to(torch.float32)")
+        return Symbol(make(op, e.dtype, (e,)))
 
     return build
 
@@ -140,7 +161,7 @@ def _unary(op: str) -> Callable[..., Symbol]:
         e = lift(a)
         if e.dtype == BOOL:
             raise TraceError(f"{op} of a bool is not defined in torch: use ~ for the negation of a condition")
-        return Symbol(e if op == "floor" and e.dtype != FLOAT else make(op, e.dtype, (e,)))
+        return Symbol(e if op == "floor" and e.dtype not in FLOATS else make(op, e.dtype, (e,)))
 
     return build
 
@@ -182,7 +203,7 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Symbol:
 def _power(a: Any, exponent: Any) -> Symbol:
     if isinstance(exponent, (int, float)) and not isinstance(exponent, bool):
         if exponent in (1, 2, 3, 4):
-            result = a
+            result = _divide(a, 1) if isinstance(exponent, float) else a  # a float
             for _ in range(int(exponent) - 1):
                 result = OPS["mul"](result, a)
             return Symbol(lift(result))
@@ -204,7 +225,10 @@ def _convert(x: Any, *args: Any, **options: Any) -> Symbol:
     else:
         name = TORCH_DTYPES.get(dtype)
     if name is None:
-        raise TraceError(f"conversion to {dtype} cannot be traced: hooks compute in bool, int32, int64 and float32")
+        raise TraceError(
+            f"conversion to {dtype} cannot be traced: hooks compute in bool, uint8, int8, int16, int32, int64, float32 "
+            "and float64"
+        )
     return Symbol(_to_bool(x) if name == BOOL else ir.cast(lift(x), name))
 
 
@@ -241,7 +265,7 @@ OPS: dict[str, Callable[..., Symbol]] = {
     "logical_xor": _logic("xor"),
     "bitand": _bitwise("bitand", "and"), "bitor": _bitwise("bitor", "or"), "bitxor": _bitwise("bitxor", "xor"),
     "bitnot": _bitwise("bitnot", "not"), "shl": _bitwise("shl", None), "shr": _bitwise("shr", None),
-    "isnan": lambda x: Symbol(make("isnan", BOOL, (ir.cast(lift(x), FLOAT),))),
+    "isnan": lambda x: Symbol(make("isnan", BOOL, promote((x,), FLOAT))),
     "square": lambda x: OPS["mul"](x, x), "reciprocal": lambda x: _divide(1.0, x), "relu": lambda x: OPS["max"](x, 0),
     "new_ones": _new(1), "new_zeros": _new(0), "full_like": _filled(None), "zeros_like": _filled(0),
     "ones_like": _filled(1), "clone": lambda x: Symbol(lift(x)),
@@ -270,7 +294,8 @@ for _op, _build in OPS.items():
                 FUNCTIONS[_function] = _build
 FUNCTIONS[torch.special.expit] = OPS["sigmoid"]
 METHODS.update({k: (lambda x, t=t: _convert(x, t)) for k, t in {
-    "float": torch.float32, "int": torch.int32, "long": torch.int64, "bool": torch.bool}.items()})  # fmt: skip
+    "float": torch.float32, "double": torch.float64, "bool": torch.bool, "int": torch.int32, "long": torch.int64,
+    "short": torch.int16, "char": torch.int8, "byte": torch.uint8}.items()})  # fmt: skip
 METHODS["type"] = METHODS["to"]
 
 
@@ -387,7 +412,7 @@ class VectorSymbol(Symbol):
 
     def __getitem__(self, index: Any) -> Symbol:  # type: ignore[override]
         i = lift(index)
-        if i.dtype not in (INT32, INT64):
+        if i.dtype not in INT_BOUNDS:
             raise TraceError(
                 f"a row is indexed with {i.dtype}: use integers, such as (at.dim + at.head_dim // 2) % at.head_dim"
             )
@@ -403,7 +428,7 @@ _POSITIONS = {
 
 def _bare(index: Expr) -> Expr:
     """An index without conversions between integer types."""
-    while index.op == "cast" and index.args[0].dtype in (INT32, INT64):
+    while index.op == "cast" and index.args[0].dtype in INT_BOUNDS:
         index = index.args[0]
     return index
 
@@ -421,8 +446,9 @@ def _check_position(p: Param, indices: tuple[Expr, ...]) -> None:
 
 
 class Field:
-    """A field with one value per index, as a hook sees it. Every index is clamped into the tensor in every language, so
-    that what masked-out positions read is harmless."""
+    """A field with one value per index, as a hook sees it. A negative index counts from the end, as in torch (not in
+    fields per token). Every index is clamped into the tensor in every language, so that what masked-out positions read
+    is harmless."""
 
     __slots__ = ("_param",)
 
@@ -438,10 +464,10 @@ class Field:
                 "for each"
             )
         for i in indices:
-            if i.dtype not in (INT32, INT64):
+            if i.dtype not in INT_BOUNDS:
                 raise TraceError(f"the field {p.name!r} is indexed with a {i.dtype}: use integers such as at.q_head")
         _check_position(p, indices)
-        return Symbol(make("load", p.compute_dtype, tuple(self._place(i) for i in indices), p))
+        return Symbol(make("load", p.traced_dtype, tuple(self._place(i) for i in indices), p))
 
     def _place(self, index: Expr) -> Expr:
         """Per-token fields are flat over the batch; the request's offset is added here."""
@@ -455,10 +481,16 @@ class Field:
             row = make("sub", INT32, (q_pos, make("sub", INT32, (kv_len, ir.inp("q_len")))))
             return make("add", INT32, (ir.inp("q_start"), row))
         if kind == "key":
+            if index.op == "const" and index.attr < 0:
+                raise TraceError(
+                    f"the field {self._param.name!r} is indexed with {index.attr}: it is indexed with a position of "
+                    "the request, 0 or more; at.kv_len - 1 is the last"
+                )
+            index = ir.cast(index, INT64)
             if _bare(index) is not ir.inp("kv_pos"):
-                last = make("sub", index.dtype, (ir.cast(kv_len, index.dtype), ir.const(1, index.dtype)))
-                index = make("max", index.dtype, (make("min", index.dtype, (index, last)), ir.const(0, index.dtype)))
-            return make("add", index.dtype, (ir.cast(ir.inp("kv_start"), index.dtype), index))
+                last = make("sub", INT64, (ir.cast(kv_len, INT64), ir.const(1, INT64)))
+                index = make("max", INT64, (make("min", INT64, (index, last)), ir.const(0, INT64)))
+            return make("add", INT64, (ir.cast(ir.inp("kv_start"), INT64), index))
         return index
 
     def __getattr__(self, name: str) -> Any:
@@ -501,9 +533,9 @@ class Field:
 
 def field_symbol(param: Param) -> Symbol | Field:
     if param.kind == "scalar":
-        return Symbol(make("param", param.compute_dtype, (), param))
+        return Symbol(make("param", param.traced_dtype, (), param))
     if param.rank == 0:
-        return Symbol(make("load", param.compute_dtype, (), param))
+        return Symbol(make("load", param.traced_dtype, (), param))
     return Field(param)
 
 
@@ -513,7 +545,7 @@ class At:
     def __init__(self, hook: str, names: tuple[str, ...]):
         object.__setattr__(self, "_hook", hook)
         for name in names:
-            object.__setattr__(self, name, Symbol(ir.inp(name)))
+            object.__setattr__(self, name, Symbol(ir.cast(ir.inp(name), INT64)))  # as torch's indices are
 
     def __getattr__(self, name: str) -> NoReturn:
         have = ", ".join(k for k in self.__dict__ if not k.startswith("_"))

@@ -18,7 +18,7 @@ import torch
 from typing_extensions import Self, dataclass_transform
 
 from flashloom.variant import expr as ir
-from flashloom.variant import names
+from flashloom.variant import names, spans, widths
 from flashloom.variant.expr import BOOL, FLOAT, Expr, Param, Program
 from flashloom.variant.fields import (
     Bits,
@@ -254,8 +254,13 @@ def _param(name: str, kind: str, value: Any) -> Param:
     if isinstance(value, torch.Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return Param(name, "tensor" if kind == "scalar" else kind, dtype, value.dim())
-    # an int field is int32 in the kernel, as a Python number would be
-    return Param(name, "scalar", {bool: "bool", int: "int32", float: "float32"}[type(value)], 0)
+    # so that its sum with a position fits 32 bits: only larger numbers need kernels with 64
+    integer = "int32" if abs(value) <= spans.NUMBER else "int64"
+    return Param(name, "scalar", {bool: "bool", int: integer, float: "float32"}[type(value)], 0)
+
+
+def _params(hooks: dict[str, Expr]) -> set[Param]:
+    return {n.attr for n in ir.topological(*hooks.values()) if isinstance(n.attr, Param)}
 
 
 def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
@@ -283,12 +288,15 @@ def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
             if getattr(type(part), method) is not getattr(Variant, method):
                 state[hook] = _call(part, getattr(shadow, method), hook, method, state[hook])
     softmax = all(p.softmax for p in parts)
-    changed = {h: e for h, e in state.items() if e is not start[h]}
-    used = {n.attr for n in ir.topological(*changed.values()) if isinstance(n.attr, Param)}
+    traced = {h: e for h, e in state.items() if e is not start[h]}
     for part in parts:
         if "_checked" not in vars(type(part)):
-            names.check_read(type(part), Variant, [p.name.rpartition(".")[2] for p in used])
+            names.check_read(type(part), Variant, [p.name.rpartition(".")[2] for p in _params(traced)])
             type.__setattr__(type(part), "_checked", True)
+    changed = widths.settle(traced)
+    if changed.get("mask") is ir.TRUE:
+        del changed["mask"]
+    used = _params(changed)
     kept = [(p, v) for p, v in params if p in used]
     program = Program(tuple(p for p, _ in kept), softmax=softmax, **changed)
     if not softmax and program.uses_lse:

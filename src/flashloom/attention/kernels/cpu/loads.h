@@ -28,11 +28,11 @@ struct bf16 {
   }
 };
 struct f64 {
-  typedef double raw; typedef float scalar; typedef vf vector;
-  static FL_INLINE float one(const void* p, int64_t i) { return (float)((const double*)p)[i]; }
-  static FL_INLINE vf block(const void* p, int64_t i) {
+  typedef double raw; typedef double scalar; typedef vw vector;
+  static FL_INLINE double one(const void* p, int64_t i) { return ((const double*)p)[i]; }
+  static FL_INLINE vw block(const void* p, int64_t i) {
     const double* x = (const double*)p + i;
-    return join(__builtin_convertvector((vd)*(const vd_u*)x, vfh), __builtin_convertvector((vd)*(const vd_u*)(x + VL / 2), vfh));
+    return {*(const vd_u*)x, *(const vd_u*)(x + VL / 2)};
   }
 };
 struct i64 {
@@ -74,6 +74,7 @@ struct b8 {
 FL_INLINE vf pack_lanes(const float* x) { return loadu(x); }
 FL_INLINE vi pack_lanes(const int32_t* x) { return *(const vi_u*)x; }
 FL_INLINE vl pack_lanes(const int64_t* x) { return {*(const vq_u*)x, *(const vq_u*)(x + VL / 2)}; }
+FL_INLINE vw pack_lanes(const double* x) { return {*(const vd_u*)x, *(const vd_u*)(x + VL / 2)}; }
 FL_INLINE vm pack_lanes(const bool* x) {
   vi r{};
   for (int i = 0; i < VL; i++) r[i] = -(int32_t)x[i];
@@ -145,6 +146,12 @@ FL_INLINE vl clamp_index(vl i, int64_t size) {
   return lesser(greater(i, vl{}), lift<vl>(size < 1 ? (int64_t)0 : size - 1));
 }
 
+// A negative index counts from the end.
+FL_INLINE int64_t wrap_index(int64_t i, int64_t size) { return clamp_index(i < 0 ? i + size : i, size); }
+FL_INLINE int32_t wrap_index(int32_t i, int64_t size) { return clamp_index(i < 0 ? i + (top_index(size) + 1) : i, size); }
+FL_INLINE vi wrap_index(vi i, int64_t size) { return clamp_index(i + (bc(top_index(size) + 1) & (i < 0)), size); }
+FL_INLINE vl wrap_index(vl i, int64_t size) { return clamp_index(select(i < vl{}, i + lift<vl>(size), i), size); }
+
 // Entry i of a tensor [size], with offsets of 32 bits wherever they do.
 template <class T, class I> FL_INLINE auto load_entry(const void* base, I i, int64_t size, int64_t stride) {
   auto at = clamp_index(i, size);
@@ -159,6 +166,8 @@ constexpr int64_t BOX_LIMIT = 65536;  // a larger box is not read: its bounds ar
 
 FL_INLINE float lowest(float) { return -__builtin_inff(); }
 FL_INLINE float highest(float) { return __builtin_inff(); }
+FL_INLINE double lowest(double) { return -__builtin_inf(); }
+FL_INLINE double highest(double) { return __builtin_inf(); }
 FL_INLINE int32_t lowest(int32_t) { return INT32_MIN; }
 FL_INLINE int32_t highest(int32_t) { return INT32_MAX; }
 FL_INLINE int64_t lowest(int64_t) { return INT64_MIN; }
@@ -167,6 +176,7 @@ FL_INLINE bool lowest(bool) { return false; }
 FL_INLINE bool highest(bool) { return true; }
 FL_INLINE bool plain(bool x) { return x; }
 FL_INLINE float plain(float x) { return x; }
+FL_INLINE double plain(double x) { return x; }
 FL_INLINE int32_t plain(int32_t x) { return x; }
 FL_INLINE int64_t plain(int64_t x) { return x; }
 template <class T> struct bound_of { typedef typename T::scalar type; };

@@ -1,7 +1,7 @@
 // What the generated text of a variant may call: plain functions, overloaded on scalars and vectors.
 //
-// Each binary operation takes any mix of a scalar and a vector of one kind (float | vf, int32_t | vi, int64_t | vl,
-// bool | vm) and answers a vector as soon as one operand is one. A raw vi (0 / -1) is taken as a mask where a mask is asked.
+// Each binary operation takes any mix of a scalar and a vector of one kind (float | vf, double | vw, int32_t | vi,
+// int64_t | vl, bool | vm) and answers a vector as soon as one operand is one. A raw vi (0 / -1) is taken as a mask where a mask is asked.
 #pragma once
 #include "vmath.h"
 
@@ -17,6 +17,8 @@ template <> struct lane<vi> { typedef int32_t scalar; typedef vi vector; static 
 template <> struct lane<long> { typedef int64_t scalar; typedef vl vector; static constexpr bool wide = false; };
 template <> struct lane<long long> { typedef int64_t scalar; typedef vl vector; static constexpr bool wide = false; };
 template <> struct lane<vl> { typedef int64_t scalar; typedef vl vector; static constexpr bool wide = true; };
+template <> struct lane<double> { typedef double scalar; typedef vw vector; static constexpr bool wide = false; };
+template <> struct lane<vw> { typedef double scalar; typedef vw vector; static constexpr bool wide = true; };
 template <> struct lane<bool> { typedef bool scalar; typedef vm vector; static constexpr bool wide = false; };
 template <> struct lane<vm> { typedef bool scalar; typedef vm vector; static constexpr bool wide = true; };
 
@@ -47,6 +49,10 @@ template <> struct lift_to<vi> {
 template <> struct lift_to<vl> {
   static FL_INLINE vl of(vl x) { return x; }
   static FL_INLINE vl of(int64_t x) { return {bcq(x), bcq(x)}; }
+};
+template <> struct lift_to<vw> {
+  static FL_INLINE vw of(vw x) { return x; }
+  static FL_INLINE vw of(double x) { return {bcd(x), bcd(x)}; }
 };
 template <> struct lift_to<vm> {
   static FL_INLINE vm of(vm x) { return x; }
@@ -95,6 +101,25 @@ FL_INLINE lanes64 unpack(const vl& v) {
 }
 FL_INLINE vl repack(const lanes64& a) { return {*(const vq_u*)a.x, *(const vq_u*)(a.x + VL / 2)}; }
 
+// ---- double lanes
+
+FL_INLINE vw operator+(vw a, vw b) { return {a.lo + b.lo, a.hi + b.hi}; }
+FL_INLINE vw operator-(vw a, vw b) { return {a.lo - b.lo, a.hi - b.hi}; }
+FL_INLINE vw operator*(vw a, vw b) { return {a.lo * b.lo, a.hi * b.hi}; }
+FL_INLINE vw operator/(vw a, vw b) { return {a.lo / b.lo, a.hi / b.hi}; }
+FL_INLINE vw operator-(vw a) { return {-a.lo, -a.hi}; }
+#define FL_WIDE(op) \
+  FL_INLINE vm operator op(vw a, vw b) { return narrow_mask((vq)(a.lo op b.lo), (vq)(a.hi op b.hi)); }
+FL_WIDE(<) FL_WIDE(<=) FL_WIDE(>) FL_WIDE(>=) FL_WIDE(==) FL_WIDE(!=)
+#undef FL_WIDE
+struct doubles { double x[VL]; };
+FL_INLINE doubles unpack(const vw& v) {
+  doubles a;
+  *(vd_u*)a.x = v.lo, *(vd_u*)(a.x + VL / 2) = v.hi;
+  return a;
+}
+FL_INLINE vw repack(const doubles& a) { return {*(const vd_u*)a.x, *(const vd_u*)(a.x + VL / 2)}; }
+
 // ---- selection
 
 FL_INLINE vf select(vm m, vf a, vf b) { return m.m ? a : b; }
@@ -103,6 +128,10 @@ FL_INLINE vm select(vm m, vm a, vm b) { return vm((m.m & a.m) | (~m.m & b.m)); }
 FL_INLINE vl select(vm m, vl a, vl b) {
   vq lo = widen_lo(m.m), hi = widen_hi(m.m);
   return {(a.lo & lo) | (b.lo & ~lo), (a.hi & hi) | (b.hi & ~hi)};
+}
+FL_INLINE vw select(vm m, vw a, vw b) {
+  vq lo = widen_lo(m.m), hi = widen_hi(m.m);
+  return {lo ? a.lo : b.lo, hi ? a.hi : b.hi};
 }
 template <class A, class B> FL_INLINE common<A, B> where(bool m, A a, B b) {
   typedef common<A, B> T;
@@ -159,6 +188,10 @@ FL_INLINE float lesser(float a, float b) { return a != a || a < b ? a : b; }
 FL_INLINE float greater(float a, float b) { return a != a || a > b ? a : b; }
 FL_INLINE vf lesser(vf a, vf b) { return a != a ? a : fast_min(a, b); }
 FL_INLINE vf greater(vf a, vf b) { return a != a ? a : fast_max(a, b); }
+FL_INLINE double lesser(double a, double b) { return a != a || a < b ? a : b; }
+FL_INLINE double greater(double a, double b) { return a != a || a > b ? a : b; }
+FL_INLINE vw lesser(vw a, vw b) { return select(or_(a != a, a < b), a, b); }
+FL_INLINE vw greater(vw a, vw b) { return select(or_(a != a, a > b), a, b); }
 FL_INLINE int32_t lesser(int32_t a, int32_t b) { return a < b ? a : b; }
 FL_INLINE int32_t greater(int32_t a, int32_t b) { return a > b ? a : b; }
 FL_INLINE vi lesser(vi a, vi b) { return a < b ? a : b; }
@@ -176,6 +209,8 @@ template <class A, class B> FL_INLINE common<A, B> max_(A a, B b) {
 
 FL_INLINE float abs_(float x) { return __builtin_fabsf(x); }
 FL_INLINE vf abs_(vf x) { return vabs(x); }
+FL_INLINE double abs_(double x) { return __builtin_fabs(x); }
+FL_INLINE vw abs_(vw x) { return {(vd)((vq)x.lo & INT64_MAX), (vd)((vq)x.hi & INT64_MAX)}; }
 FL_INLINE int32_t abs_(int32_t x) { return x < 0 ? -x : x; }
 FL_INLINE int64_t abs_(int64_t x) { return x < 0 ? -x : x; }
 FL_INLINE vi abs_(vi x) { return x < 0 ? -x : x; }
@@ -213,6 +248,18 @@ FL_INLINE float to_float(float x) { return x; }
 FL_INLINE float to_float(int32_t x) { return (float)x; }
 FL_INLINE float to_float(int64_t x) { return (float)x; }
 FL_INLINE float to_float(bool x) { return x ? 1.f : 0.f; }
+FL_INLINE float to_float(double x) { return (float)x; }
+FL_INLINE vf to_float(vw x) { return join(__builtin_convertvector(x.lo, vfh), __builtin_convertvector(x.hi, vfh)); }
+FL_INLINE double to_double(float x) { return x; }
+FL_INLINE double to_double(double x) { return x; }
+FL_INLINE double to_double(int32_t x) { return x; }
+FL_INLINE double to_double(int64_t x) { return (double)x; }
+FL_INLINE double to_double(bool x) { return x; }
+FL_INLINE vw to_double(vf x) { return {__builtin_convertvector(lo_half(x), vd), __builtin_convertvector(hi_half(x), vd)}; }
+FL_INLINE vw to_double(vw x) { return x; }
+FL_INLINE vw to_double(vi x) { return {__builtin_convertvector(lo_half(x), vd), __builtin_convertvector(hi_half(x), vd)}; }
+FL_INLINE vw to_double(vl x) { return {__builtin_convertvector(x.lo, vd), __builtin_convertvector(x.hi, vd)}; }
+FL_INLINE vw to_double(vm x) { return to_double(x.m & 1); }
 FL_INLINE vf to_float(vf x) { return x; }
 FL_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 FL_INLINE vf to_float(vl x) { return join(__builtin_convertvector(x.lo, vfh), __builtin_convertvector(x.hi, vfh)); }
@@ -221,6 +268,13 @@ FL_INLINE int32_t to_int32(float x) { return x > -2147483904.f && x < 2147483648
 FL_INLINE int32_t to_int32(int32_t x) { return x; }
 FL_INLINE int32_t to_int32(int64_t x) { return (int32_t)x; }
 FL_INLINE int32_t to_int32(bool x) { return x; }
+FL_INLINE int32_t to_int32(double x) { return x > -2147483649.0 && x < 2147483648.0 ? (int32_t)x : INT32_MIN; }
+FL_INLINE vi to_int32(vw x) {
+  doubles a = unpack(x);
+  vi r;
+  for (int i = 0; i < VL; i++) r[i] = to_int32(a.x[i]);
+  return r;
+}
 FL_INLINE vi to_int32(vf x) { return __builtin_convertvector(x, vi); }
 FL_INLINE vi to_int32(vi x) { return x; }
 FL_INLINE vi to_int32(vl x) { return join(__builtin_convertvector(x.lo, vih), __builtin_convertvector(x.hi, vih)); }
@@ -228,15 +282,21 @@ FL_INLINE vi to_int32(vm x) { return x.m & 1; }
 FL_INLINE int64_t to_int64(float x) {
   return x >= -9223372036854775808.f && x < 9223372036854775808.f ? (int64_t)x : INT64_MIN;
 }
+FL_INLINE int64_t to_int64(double x) {
+  return x >= -9223372036854775808.0 && x < 9223372036854775808.0 ? (int64_t)x : INT64_MIN;
+}
 FL_INLINE int64_t to_int64(int32_t x) { return x; }
 FL_INLINE int64_t to_int64(int64_t x) { return x; }
 FL_INLINE int64_t to_int64(bool x) { return x; }
 FL_INLINE vl to_int64(vf x) { return {__builtin_convertvector(lo_half(x), vq), __builtin_convertvector(hi_half(x), vq)}; }
+FL_INLINE vl to_int64(vw x) { return {__builtin_convertvector(x.lo, vq), __builtin_convertvector(x.hi, vq)}; }
 FL_INLINE vl to_int64(vi x) { return {widen_lo(x), widen_hi(x)}; }
 FL_INLINE vl to_int64(vl x) { return x; }
 FL_INLINE vl to_int64(vm x) { return to_int64(x.m & 1); }
 FL_INLINE bool to_bool(bool x) { return x; }
 FL_INLINE bool to_bool(float x) { return x != 0.f; }
+FL_INLINE bool to_bool(double x) { return x != 0.0; }
+FL_INLINE vm to_bool(vw x) { return x != vw{}; }
 FL_INLINE bool to_bool(int32_t x) { return x != 0; }
 FL_INLINE bool to_bool(int64_t x) { return x != 0; }
 FL_INLINE vm to_bool(vm x) { return x; }
@@ -244,6 +304,8 @@ FL_INLINE vm to_bool(vf x) { return vm(x != 0.f); }
 FL_INLINE vm to_bool(vi x) { return vm(x != 0); }
 FL_INLINE vm to_bool(vl x) { return x != vl{}; }
 FL_INLINE bool isnan_(float x) { return x != x; }
+FL_INLINE bool isnan_(double x) { return x != x; }
+FL_INLINE vm isnan_(vw x) { return x != x; }
 FL_INLINE vm isnan_(vf x) { return vm(x != x); }
 
 // ---- floor division and modulo, as Python's; an integer divided by zero gives 0 for both
@@ -301,6 +363,27 @@ FL_INLINE vf mod_one(vf a, vf b) { return join(mod_half(lo_half(a), lo_half(b)),
 FL_INLINE float floordiv_one(float a, float b) { return floordiv_one(bc(a), bc(b))[0]; }
 FL_INLINE float mod_one(float a, float b) { return mod_one(bc(a), bc(b))[0]; }
 
+template <class F> FL_INLINE vw each(vw a, vw b, F f) {
+  doubles x = unpack(a), y = unpack(b);
+  for (int i = 0; i < VL; i++) x.x[i] = f(x.x[i], y.x[i]);
+  return repack(x);
+}
+FL_INLINE double mod_one(double a, double b) {
+  double r = __builtin_fmod(a, b);
+  return r != 0.0 && (b < 0.0) != (r < 0.0) ? r + b : r;
+}
+FL_INLINE double floordiv_one(double a, double b) {  // torch's: the rest first, so that no quotient is rounded up
+  if (b == 0.0) return a / b;
+  double q = (a - mod_one(a, b)) / b, f = __builtin_floor(q);
+  return q - f > 0.5 ? f + 1.0 : f;
+}
+FL_INLINE vw mod_one(vw a, vw b) {
+  return each(a, b, [](double x, double y) { return mod_one(x, y); });
+}
+FL_INLINE vw floordiv_one(vw a, vw b) {
+  return each(a, b, [](double x, double y) { return floordiv_one(x, y); });
+}
+
 // A constant power of two divides by a shift.
 FL_INLINE bool is_power(int32_t b) { return b > 0 && (b & (b - 1)) == 0; }
 FL_INLINE vi floordiv(vi a, int32_t b) {
@@ -335,6 +418,23 @@ FL_FUNCTION(erf, verf)
 FL_FUNCTION(sin, vsin)
 FL_FUNCTION(cos, vcos)
 FL_FUNCTION(floor, vfloor)
+#undef FL_FUNCTION
+
+// of doubles, where a variant's tensors are: lane by lane
+#define FL_FUNCTION(name, ...)                            \
+  FL_INLINE double name(double x) { return __VA_ARGS__; } \
+  FL_INLINE vw name(vw x) {                               \
+    return each(x, x, [](double a, double) { return name(a); }); \
+  }
+FL_FUNCTION(exp, __builtin_exp(x))
+FL_FUNCTION(exp2, __builtin_exp2(x))
+FL_FUNCTION(log, __builtin_log(x))
+FL_FUNCTION(log2, __builtin_log2(x))
+FL_FUNCTION(tanh, __builtin_tanh(x))
+FL_FUNCTION(sigmoid, 1.0 / (1.0 + __builtin_exp(-x)))
+FL_FUNCTION(sqrt, __builtin_sqrt(x))
+FL_FUNCTION(rsqrt, 1.0 / __builtin_sqrt(x))
+FL_FUNCTION(floor, __builtin_floor(x))
 #undef FL_FUNCTION
 
 }  // namespace flashloom

@@ -38,6 +38,7 @@ typedef float vfh __attribute__((vector_size(VL * 2)));    // half the lanes
 typedef int32_t vih __attribute__((vector_size(VL * 2)));
 
 struct vl { vq lo, hi; };  // VL lanes of 64 bits
+struct vw { vd lo, hi; };  // VL lanes of double
 
 // A mask of VL lanes, 0 or -1. Its own type, so that to_int32(mask) is 0/1 while to_int32(vi) is the identity.
 struct vm {
