@@ -249,11 +249,11 @@ def test_sealed_serving_from_a_pack_appends_and_decodes(fresh, tmp_path, monkeyp
     keys, values = [], []
     for length in (37, 38, 39, 40):
         new = length if length == 37 else 1
-        pages = fl.PageTable.from_block_table(torch.arange(16).view(1, 16).cuda(), [length], page_size=16)
+        pages = fl.PageTable.from_block_table(torch.arange(16).view(1, 16), [length], page_size=16)
         step = fl.Batch(q_lens=[new], kv=pages)
         q = torch.randn(new, 8, 128, device="cuda").bfloat16()
         k, v = torch.randn(2, new, 2, 128, device="cuda").bfloat16()
-        fl.append(cache[0], k, v, step.slots())
+        fl.append(cache[0], k, v, step.slots().cuda())
         out = one.plan(step).run(q, cache[0]).double()
         keys.append(k.double().repeat_interleave(4, 1))
         values.append(v.double().repeat_interleave(4, 1))
