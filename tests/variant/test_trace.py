@@ -101,7 +101,7 @@ REFUSED = {
     "range": (lambda s, x, at: x + sum(range(at.kv_pos)), "Python number"),
     "no return": (lambda s, x, at: None, "returns None"),
     "bool": (lambda s, x, at: x > 0, "logits_mask"),
-    "numpy": (lambda s, x, at: __import__("numpy").exp(x), "ufunc"),
+    "numpy": (lambda s, x, at: __import__("numpy").exp(x), "write torch.exp"),
     "missing": (lambda s, x, at: x + at.dim, "does not exist in logits_transform"),
     "assign": (lambda s, x, at: setattr(at, "kv_pos", 3), "bind the new value"),
     "bool minus bool": (lambda s, x, at: x + ((at.kv_pos > 1) - (at.kv_pos > 2)), "not defined in torch"),
@@ -114,8 +114,7 @@ def test_refusals_say_what_to_write(name) -> None:
     hook, words = REFUSED[name]
     with pytest.raises(TypeError, match=words) as error:
         traced(hook)
-    if name != "numpy":
-        assert "Mine.logits_transform" in str(error.value)
+    assert "Mine.logits_transform" in str(error.value)
 
 
 class Table(v.Variant):

@@ -1,127 +1,61 @@
 """FlexAttention's `score_mod(score, b, h, q_idx, kv_idx)` and `mask_mod(b, h, q_idx, kv_idx)`, traced unchanged.
 
-Tensors that the functions capture (closures, globals, defaults, partials, attributes of callable objects) are lifted to
-run-time parameters, so that the same code with other tensors shares a kernel. Captured Python numbers are constants of
-the kernel.
+Tensors that the functions reach, in whatever way, are run-time parameters (see `capture`), so that the same code with
+other tensors shares a kernel. Captured Python numbers and sizes are constants of the kernel.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashloom.variant.fields import as_value
+from flashloom.variant import expr as ir
+from flashloom.variant.capture import Capture
+from flashloom.variant.expr import BOOL, Expr, Param
 from flashloom.variant.library import full
+from flashloom.variant.names import call_of
+from flashloom.variant.trace import AT_NAMES, At, Symbol, TraceError, lift
 from flashloom.variant.variant import Variant
 
-
-class _Lifter:
-    """Finds captured tensors in a fixed order and rebuilds functions with stand-ins for them."""
-
-    def __init__(self, replace: Callable[[int, torch.Tensor], Any]):
-        self.replace = replace
-        self.tensors: list[torch.Tensor] = []
-        self.done: dict[int, Any] = {}
-        self.keep: list[Any] = []  # ids stay valid while their objects live
-
-    def lift(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self.done:
-                self.done[id(value)] = self.replace(len(self.tensors), value)
-                self.tensors.append(value)
-            return self.done[id(value)]
-        if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-            return type(value)(self.lift(v) for v in value)
-        if type(value) is dict:
-            return {k: self.lift(v) for k, v in value.items()}
-        if isinstance(value, functools.partial):
-            return functools.partial(self.lift(value.func), *self.lift(value.args), **self.lift(value.keywords))
-        if isinstance(value, types.MethodType):
-            return types.MethodType(self.lift(value.__func__), self.lift_object(value.__self__))
-        if isinstance(value, types.FunctionType):
-            return self.lift_function(value)
-        if (
-            callable(value)
-            and not isinstance(value, (type, types.BuiltinFunctionType))
-            and hasattr(value, "__dict__")
-            and not _library(type(value))
-        ):
-            return self.lift_object(value)
-        return value
-
-    def lift_object(self, value: Any) -> Any:
-        if id(value) not in self.done:
-            copy = object.__new__(type(value))
-            self.done[id(value)] = copy
-            self.keep.append(value)
-            copy.__dict__.update({k: self.lift(v) for k, v in vars(value).items()})
-        return self.done[id(value)]
-
-    def lift_function(self, function: types.FunctionType) -> types.FunctionType:
-        if _library(function):
-            return function
-        if id(function) not in self.done:
-            self.keep.append(function)
-            names = _global_names(function.__code__)
-            scope = dict(function.__globals__)
-            cells = tuple(types.CellType() for _ in function.__closure__ or ())
-            copy = types.FunctionType(function.__code__, scope, function.__name__, None, cells)
-            self.done[id(function)] = copy
-            copy.__defaults__ = self.lift(function.__defaults__)
-            copy.__kwdefaults__ = self.lift(function.__kwdefaults__)
-            for new, old in zip(cells, function.__closure__ or ()):
-                try:
-                    new.cell_contents = self.lift(old.cell_contents)
-                except ValueError:  # an empty cell: a name that the function never reaches
-                    continue
-            for name in names:
-                if name in scope:
-                    scope[name] = self.lift(scope[name])
-        return self.done[id(function)]
-
-
-def _library(thing: Any) -> bool:
-    """Functions and classes of torch capture no tensors of the user's; its FlexAttention helpers (and_masks, or_masks
-    ...) do."""
-    module = getattr(thing, "__module__", None) or ""
-    return module.split(".")[0] in ("torch", "builtins") and module != "torch.nn.attention.flex_attention"
-
-
-def _global_names(code: types.CodeType) -> list[str]:
-    names = list(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names += _global_names(constant)
-    return names
+_GIVEN = {"score_mod": ("score", "b", "h", "q_idx", "kv_idx"), "mask_mod": ("b", "h", "q_idx", "kv_idx")}
 
 
 class Flex(Variant):
-    """A FlexAttention variant; made by `from_flex`."""
+    """A FlexAttention variant; made by `from_flex`. Its functions are called once, when it is made."""
 
     if TYPE_CHECKING:
-        score_mod: Callable
-        mask_mod: Callable
+        score_mod: Callable | None
+        mask_mod: Callable | None
         q_index: str
+        _roots: dict[str, Expr]
+        _captured: dict[str, torch.Tensor]
+        _recorded: dict[str, Param]
+        _named: dict[str, Param]
 
     def __init__(self, score_mod: Callable | None, mask_mod: Callable | None, q_index: str):
-        finder = _Lifter(lambda i, tensor: tensor)
-        for function in (score_mod, mask_mod):
-            finder.lift(function)
-        self.__dict__.update(score_mod=score_mod, mask_mod=mask_mod, q_index=q_index)
-        fields = {
-            f"captured{i}": as_value("from_flex", f"captured{i}", "tensor", t) for i, t in enumerate(finder.tensors)
-        }
-        self.__dict__.update(fields, _kinds=dict.fromkeys(fields, "tensor"))
+        capture = Capture(score_mod, mask_mod)
+        at = At("from_flex", AT_NAMES["logits_transform"])
+        query: Any = at.q_pos - (at.kv_len - at.q_len) if q_index == "local" else at.q_pos
+        where = at.batch, at.q_head, query, at.kv_pos
+        roots = {}
+        if score_mod is not None:
+            roots["logits"] = _call(capture, "score_mod", score_mod, Symbol(ir.inp("logits")), *where)
+        if mask_mod is not None:
+            roots["mask"] = _call(capture, "mask_mod", mask_mod, *where)
+        self.__dict__.update(
+            score_mod=score_mod, mask_mod=mask_mod, q_index=q_index, _roots=roots, _captured=capture.values,
+            _recorded=capture.params, _kinds=dict.fromkeys(capture.values, "tensor"),
+        )  # fmt: skip
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
         functions = (self.score_mod, self.mask_mod)
-        return (self.q_index, *map(_same, functions), *map(id, self.values))
+        return (self.q_index, *map(_same, functions), *((n, id(x)) for n, x in self._captured.items()))
 
     def __repr__(self) -> str:
         names = (
@@ -131,13 +65,34 @@ class Flex(Variant):
         )
         return f"from_flex({', '.join(names)}, q_index={self.q_index!r})"
 
-    def _q_index(self, at: Any) -> Any:
-        return at.q_pos - (at.kv_len - at.q_len) if self.q_index == "local" else at.q_pos
+    def _fields(self) -> Iterator[tuple[str, Any]]:
+        yield from self._captured.items()
 
-    def _lifted(self, function: Callable) -> Callable:
-        lifter = _Lifter(lambda i, tensor: self.__dict__[f"captured{i}"])
-        both = [lifter.lift(f) for f in (self.score_mod, self.mask_mod)]
-        return both[0] if function is self.score_mod else both[1]
+    def _joined(self, hook: str, previous: Any = None) -> Symbol:
+        """The recorded expression of a hook, over the parameters and logits of the variant that it is a part of."""
+        params = {param: self._named[name] for name, param in self._recorded.items()}
+        new: dict[Expr, Expr] = {}
+        for node in ir.topological(self._roots[hook]):
+            if previous is not None and node is ir.inp("logits"):
+                new[node] = lift(previous)
+            elif node.args or isinstance(node.attr, Param):
+                attr = params[node.attr] if isinstance(node.attr, Param) else node.attr
+                new[node] = ir.make(node.op, node.dtype, tuple(new[a] for a in node.args), attr)
+            else:
+                new[node] = node
+        return Symbol(new[self._roots[hook]])
+
+
+def _call(capture: Capture, kind: str, function: Callable, *arguments: Any) -> Expr:
+    try:
+        e = capture.trace(function, *arguments)
+    except TraceError as error:
+        raise TraceError(f"{kind} {call_of(function)}: {error}") from error
+    if (e.dtype == BOOL) != (kind == "mask_mod"):
+        wanted = "a bool, True where the key is kept" if kind == "mask_mod" else "the new score, a number"
+        other = "; a mask is given as mask_mod=" if e.dtype == BOOL else ""
+        raise TraceError(f"{kind} {call_of(function)} returns {e.dtype}: it must return {wanted}{other}")
+    return e
 
 
 def _same(function: Any) -> Any:
@@ -149,12 +104,12 @@ def _same(function: Any) -> Any:
 
 class _FlexScore(Flex):
     def logits_transform(self, logits: Any, at: Any) -> Any:
-        return self._lifted(self.score_mod)(logits, at.batch, at.q_head, self._q_index(at), at.kv_pos)
+        return self._joined("logits", logits)
 
 
 class _FlexMask(Flex):
     def logits_mask(self, at: Any) -> Any:
-        return self._lifted(self.mask_mod)(at.batch, at.q_head, self._q_index(at), at.kv_pos)
+        return self._joined("mask")
 
 
 class _FlexBoth(_FlexScore, _FlexMask):
@@ -169,17 +124,50 @@ def from_flex(
     `score_mod(score, b, h, q_idx, kv_idx)` returns the new score, `mask_mod(b, h, q_idx, kv_idx)` True where the key is
     kept. `q_index` says what q_idx is: "local" counts the query tokens of the call from 0, as FlexAttention does
     (top-left); "absolute" gives the position in the request (bottom-right), which is what decode and append want.
-    Captured tensors become run-time parameters.
 
-    Raises ValueError for an unknown q_index, TypeError if a function is not callable, TraceError for what cannot be
-    traced.
+    The functions are called once, here. Tensors that they read become run-time parameters, however they are reached
+    (closures, globals, objects, partials, containers): changing one in place changes the next result, another tensor
+    needs another variant. Python numbers and sizes are constants of the kernel.
+
+    Raises ValueError for an unknown q_index, TypeError for what is no function of these parameters, TraceError for what
+    cannot be traced.
     """
     if q_index not in ("local", "absolute"):
         raise ValueError(f"q_index is {q_index!r}: use 'local' (FlexAttention's own) or 'absolute'")
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} is {type(function).__name__}: give a function, or None")
+        if function is not None:
+            _check_function(name, function)
     if score_mod is None and mask_mod is None:
         return full
     kind: Any = _FlexScore if mask_mod is None else _FlexMask if score_mod is None else _FlexBoth
     return kind(score_mod, mask_mod, q_index)
+
+
+def _check_function(name: str, function: Any) -> None:
+    if isinstance(function, Variant):
+        raise TypeError(f"{name} is a variant already: use it as it is, and join variants with &")
+    if not callable(function) and hasattr(function, "mask_mod"):
+        raise TypeError(f"{name} is a {type(function).__name__}: give its function, mask_mod=block_mask.mask_mod")
+    if not callable(function) or isinstance(function, type):
+        raise TypeError(f"{name} is {type(function).__name__}: give a function, or None")
+    if not _takes(function, len(_GIVEN[name])):
+        other = "mask_mod" if name == "score_mod" else "score_mod"
+        meant = f"; did you mean {other}=?" if _takes(function, len(_GIVEN[other])) else ""
+        raise TypeError(
+            f"{name} is {call_of(function)}: it is called with {len(_GIVEN[name])} arguments, "
+            f"({', '.join(_GIVEN[name])}){meant}"
+        )
+
+
+def _takes(function: Callable, count: int) -> bool:
+    if isinstance(function, types.FunctionType):
+        code = function.__code__
+        if code.co_argcount == count and not code.co_kwonlyargcount and not hasattr(function, "__wrapped__"):
+            return True
+    try:
+        inspect.signature(function).bind(*range(count))
+    except ValueError:  # a function of C says nothing of its parameters
+        return True
+    except TypeError:
+        return False
+    return True

@@ -16,6 +16,7 @@ HOOK_ARGUMENTS = {
 }  # fmt: skip
 _FLEX = {"score_mod": "logits_transform", "mask_mod": "logits_mask", "mask": "logits_mask", "bias": "logits_transform"}
 _NEAR = 0.75
+_PLAIN_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _LOOKS_UP = {"getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "eval", "exec"}  # names made at run time
 
 
@@ -188,18 +189,26 @@ def _names_of(code: types.CodeType) -> Iterator[str]:
 
 
 def name_of(value: object, *functions: Any, holder: object = None) -> str | None:
-    """What a function calls an object that it reaches by a closure, a global, a default or an attribute of self."""
+    """What a function calls an object that it reaches by a closure, a global, a default, or an attribute of one of
+    these or of self."""
     for function in functions:
-        for f in _functions(function):
+        called = function if isinstance(function, _PLAIN_FUNCTIONS) else vars(type(function)).get("__call__")
+        owner = getattr(function, "__self__", None if called is function else function)
+        for f in _functions(called):
             names = set(_names_of(f.__code__))
-            scopes = [dict(zip(f.__code__.co_freevars, _cells(f))), {n: f.__globals__.get(n) for n in names}]
-            scopes += [
-                dict(zip(reversed(f.__code__.co_varnames[: f.__code__.co_argcount]), reversed(f.__defaults__ or ())))
-            ]
-            for scope in scopes:
-                for name, found in scope.items():
-                    if found is value:
-                        return name
+            arguments = reversed(f.__code__.co_varnames[: f.__code__.co_argcount])
+            scope = dict(zip(arguments, reversed(f.__defaults__ or ())))
+            scope |= {n: f.__globals__[n] for n in names if n in f.__globals__}
+            scope |= dict(zip(f.__code__.co_freevars, _cells(f)))
+            scope |= {"self": owner} if owner is not None else {}
+            for name, found in scope.items():
+                if found is value:
+                    return name
+            for name, found in scope.items():
+                members = getattr(found, "__dict__", {})
+                for attribute in names:
+                    if attribute in members and members[attribute] is value:
+                        return f"{name}.{attribute}"
     for name in dir(type(holder)) if holder is not None else ():
         if not name.startswith("__") and inspect.getattr_static(holder, name, None) is value:
             return name

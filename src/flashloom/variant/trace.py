@@ -29,12 +29,9 @@ from flashloom.variant.expr import (
     Param,
     make,
 )
+from flashloom.variant.foreign import UFUNCS, TraceError, argument, numpy_number, of_one, refuse
 
 TORCH_DTYPES = {getattr(torch, t): t for t in (BOOL, UINT8, INT8, INT16, INT32, INT64, FLOAT, DOUBLE)}
-
-
-class TraceError(TypeError):
-    """A hook does something that cannot become a kernel; the message says what to write instead."""
 
 
 def lift(value: Any) -> Expr:
@@ -53,9 +50,11 @@ def lift(value: Any) -> Expr:
     if isinstance(value, torch.Tensor):
         raise TraceError(
             "a tensor is used directly in a hook: make it a field of the variant (for one value: a 0-dim tensor "
-            "field; for several: "
-            "a PerHead, PerRequest ... or torch.Tensor field, indexed with at.*)"
+            "field; for several: a PerHead, PerRequest ... or torch.Tensor field, indexed with at.*)",
+            value,
         )
+    if type(value).__module__ == "numpy":
+        return lift(numpy_number(value))
     raise TraceError(
         f"a hook computes with {type(value).__name__} {value!r}: use torch functions, Python numbers and the "
         "variant's fields"
@@ -303,7 +302,6 @@ class Symbol:
     """A value inside a hook: one element, of no particular batch shape."""
 
     __slots__ = ("_expr",)
-    __array_ufunc__ = None
 
     def __init__(self, e: Expr):
         self._expr = e
@@ -315,16 +313,31 @@ class Symbol:
         if build is None:
             build = METHODS.get(name.strip("_")) if name.startswith("__") else None
         if build is None:
-            raise TraceError(f"torch.{name} cannot be traced in a hook; available are {', '.join(sorted(METHODS))}")
-        return build(*args, **(kwargs or {}))
+            refuse(name, args, METHODS)
+        return build(*map(argument, args), **{k: argument(v) for k, v in (kwargs or {}).items()})
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Python's operators beside numpy's numbers; numpy's functions are not torch's."""
+        name = UFUNCS.get(ufunc.__name__)
+        if method != "__call__" or name is None or kwargs or not any(type(a).__module__ == "numpy" for a in args):
+            known = ufunc.__name__ if ufunc.__name__ in METHODS else name
+            raise TraceError(
+                f"numpy.{ufunc.__name__} cannot be traced in a hook: "
+                + (f"write torch.{known}" if known else "write torch functions")
+            )
+        return METHODS[name](*(a if isinstance(a, Symbol) else numpy_number(a) for a in args))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         if name in METHODS:
-            return lambda *args, **kwargs: METHODS[name](self, *args, **kwargs)
+            return lambda *args, **kwargs: METHODS[name](
+                self, *map(argument, args), **{k: argument(v) for k, v in kwargs.items()}
+            )
         if name == "dtype":
             return getattr(torch, self._expr.dtype)
+        if of_one(name) is not None:
+            return of_one(name)
         if name in ("item", "tolist", "numpy", "cpu", "cuda"):
             raise TraceError(
                 f".{name}() reads a value while the kernel is being written: compute with the symbol itself and use "
@@ -364,8 +377,8 @@ class Symbol:
 
     def _python_number(self, *_: Any) -> NoReturn:
         raise TraceError(
-            "a traced value is used as a Python number (math.*, int(), float(), range(), a list index): use torch "
-            "functions on it"
+            "a traced value is used as a Python number (math.*, int(), float(), range(), the index of a list or numpy "
+            "array): use torch functions on it, and tensors for tables (torch.from_numpy makes one of an array)"
         )
 
     __float__ = __int__ = __index__ = __complex__ = __round__ = __array__ = _python_number
@@ -390,16 +403,21 @@ class Symbol:
     def __invert__(self) -> Symbol:
         return OPS["bitnot"](self)
 
+    def __matmul__(self, other: Any) -> NoReturn:
+        refuse("matmul", (self, other), METHODS)
+
+    __rmatmul__ = __matmul__
+
 
 def _install_operators() -> None:
     binary = {"add": "add", "sub": "sub", "mul": "mul",
               "truediv": "div", "floordiv": "floordiv", "mod": "mod", "pow": "pow",
               "and": "bitand", "or": "bitor", "xor": "bitxor", "lshift": "shl", "rshift": "shr"}  # fmt: skip
     for name, op in binary.items():
-        setattr(Symbol, f"__{name}__", lambda self, other, op=op: OPS[op](self, other))
-        setattr(Symbol, f"__r{name}__", lambda self, other, op=op: OPS[op](other, self))
+        setattr(Symbol, f"__{name}__", lambda self, other, op=op: OPS[op](self, argument(other)))
+        setattr(Symbol, f"__r{name}__", lambda self, other, op=op: OPS[op](argument(other), self))
     for op in ir.COMPARISONS:
-        setattr(Symbol, f"__{op}__", lambda self, other, op=op: OPS[op](self, other))
+        setattr(Symbol, f"__{op}__", lambda self, other, op=op: OPS[op](self, argument(other)))
 
 
 _install_operators()

@@ -278,12 +278,13 @@ def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
     for number, part in enumerate(parts):
         title = type(part).__name__
         scope = "" if len(parts) == 1 else f"{title}." if many[title] == 1 else f"{number}.{title}."
-        shadow = object.__new__(type(part))
-        shadow.__dict__.update(part.__dict__)
+        shadow, named = object.__new__(type(part)), dict[str, Param]()
+        shadow.__dict__.update(part.__dict__, _named=named)
         for name, value in part._fields():
             param = _param(scope + name, part._kinds[name], value)
             params.append((param, value))
             shadow.__dict__[name] = field_symbol(param)
+            named[name] = param
         for hook, method in HOOK_METHODS.items():
             if getattr(type(part), method) is not getattr(Variant, method):
                 state[hook] = _call(part, getattr(shadow, method), hook, method, state[hook])
@@ -324,7 +325,16 @@ def _call(part: Variant, method: Callable, hook: str, name: str, previous: Expr)
         if result is None:
             raise TraceError("it returns None: return the new value")
         e = lift(result)
-    except (TraceError, AttributeError) as error:  # an AttributeError would be taken for one of `program`
+    except TraceError as error:
+        tensor = names.name_of(error.tensor, method, holder=part) if error.tensor is not None else None
+        if tensor:
+            tensor = tensor.rpartition(".")[2]
+            advice = (
+                f"`{tensor}` is no field: write `{tensor}: torch.Tensor` in the class, and self.{tensor} in the hook"
+            )
+            raise TraceError(f"{label}: {advice} ({error})") from error
+        raise TraceError(f"{label}: {error}") from error
+    except AttributeError as error:  # it would be taken for one of `program`
         raise TraceError(f"{label}: {error}") from error
     if hook == "mask":
         if e.dtype != BOOL:
