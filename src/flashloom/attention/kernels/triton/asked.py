@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flashloom.attention.executor import AttentionSpec
-from flashloom.attention.kernels.triton.config import Config, Need, power_of_two, split
+from flashloom.attention.kernels.triton.config import Config, Need, pieces, power_of_two
 from flashloom.dataclass import dataclass
 from flashloom.kernel.source import Number, Source
 from flashloom.kernel.triton import TritonKernel, interpreting, pointer
@@ -105,13 +105,15 @@ def attend_kernel(
     if count > 1:
         config = replace(config, block_m=config.block_m // count, num_warps=8)
     qk, pv, precision, factor = number_types(spec, form.page_scales)
+    stored = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}.get(spec.kv_dtype)
+    made = (spec.program.key is not None or stored != qk, stored != pv)
     if interpreting():  # its matrix product knows numpy's types only
         qk = pv = "float32"
     if precision == "tf32x3" and target.name.startswith("gfx"):
         precision = "ieee"
     bits = spec.kv_dtype == torch.float8_e4m3fn and not target.name.startswith("gfx") and int(target.name[2:]) < 89
-    d0, d1 = split(heads.dim)
-    v0, v1 = split(heads.value_dim)
+    capability = int(target.name[2:]) if target.name.startswith("sm") else 0
+    (d0, d1), (v0, v1) = pieces(heads.dim, heads.value_dim, made, config.block_m, capability)
     latent = (
         heads.latent_value
         and heads.value_dim == d0 == v0

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from flashloom.dataclass import dataclass
 
-__all__ = ["OFFERED", "PAIRS", "Config", "Need", "candidates", "choose", "shared_limit", "split", "valid"]
+__all__ = ["OFFERED", "PAIRS", "Config", "Need", "candidates", "choose", "pieces", "shared_limit", "split", "valid"]
 
 # dynamic shared memory a block may ask for, bytes (CUDA C++ Programming Guide, compute capabilities)
 SHARED = {
@@ -86,24 +86,49 @@ def power_of_two(n: int, least: int = 16) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-def split(dim: int) -> tuple[int, int]:
+def split(dim: int, least: int = 32) -> tuple[int, int]:
     """A width as one or two powers of two that cover it with the least waste: 128 -> (128, 0), 576 -> (512, 64),
-    80 -> (64, 32). None is below 32: Triton 3.6 reads outside of shared memory for 16 columns on Hopper."""
-    whole = power_of_two(dim, 32)
+    80 -> (64, 32). None is below `least`."""
+    whole = power_of_two(dim, least)
     first = whole // 2
-    if first < 32 or dim <= first:
+    if first < least or dim <= first:
         return whole, 0
-    rest = power_of_two(dim - first, 32)
+    rest = power_of_two(dim - first, least)
     return (first, rest) if first + rest < whole else (whole, 0)
+
+
+def pieces(
+    dim: int, value_dim: int, made: tuple[bool, bool], block_m: int, capability: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How keys and values are split. made: which of them (keys, values) pass through registers, converted or
+    transformed, before they are multiplied.
+
+    Such tiles lie in shared memory one after another at the same address, and Hopper's products find them by
+    descriptors, which depend on the swizzle, which depends on the width: 32, or 64 and more. ptxas 12.8 loses the
+    address where descriptors of two swizzles begin there. So all of these tiles have one."""
+    parts = (split(dim), split(value_dim))
+    widths = {width for part, own in zip(parts, made) if own for width in part if width}
+    if capability == 90 and block_m >= 64 and 32 in widths and len(widths) > 1:
+        parts = (split(dim, 64 if made[0] else 32), split(value_dim, 64 if made[1] else 32))
+    return parts
 
 
 def shared_limit(capability: int) -> int:
     return SHARED.get(capability, 99 << 10)
 
 
+def widths(config: Config, need: Need) -> tuple[int, int]:
+    """Columns of a tile of keys and of one of values."""
+    converted = need.kv_bytes != need.q_bytes
+    made = (converted or need.key_transform, converted)
+    keys, values = pieces(need.dim, need.value_dim, made, config.block_m, need.capability)
+    return sum(keys), sum(values)
+
+
 def shared_bytes(config: Config, need: Need) -> int:
     """An upper estimate of the shared memory a config takes."""
-    width, values = sum(split(need.dim)), 0 if need.latent else sum(split(need.value_dim))
+    width, values = widths(config, need)
+    values = 0 if need.latent else values
     tiles = config.block_n * (width + values) * need.kv_bytes * (config.num_stages - 1)
     if config.num_stages == 1:  # one operand at a time
         tiles = config.block_n * max(width, values) * need.kv_bytes
@@ -120,7 +145,7 @@ def shared_bytes(config: Config, need: Need) -> int:
 
 def registers(config: Config, need: Need) -> int:
     """Registers per thread for accumulators and scores."""
-    return config.block_m * (sum(split(need.value_dim)) + config.block_n) // (32 * config.num_warps)
+    return config.block_m * (widths(config, need)[1] + config.block_n) // (32 * config.num_warps)
 
 
 def valid(config: Config, need: Need) -> bool:
