@@ -11,7 +11,7 @@ import flashloom
 
 ROOT = Path(flashloom.__file__).parent
 LAYERS = [
-    {"dataclass", "forked", "settings", "target", "doctor"},
+    {"dataclass", "errors", "forked", "settings", "target", "doctor"},
     {"variant"},
     {"lower"},
     {"store"},

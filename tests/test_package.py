@@ -15,7 +15,7 @@ ROOT = Path(flashloom.__file__).parents[2]
 SOURCES = {
     path.relative_to(ROOT / "src").as_posix()
     for path in (ROOT / "src").rglob("*")
-    if path.suffix in (".py", ".h", ".cpp")
+    if path.suffix in (".py", ".h", ".cpp") or path.name == "py.typed"
 }
 
 

@@ -1,8 +1,7 @@
 """flashloom: attention variants written as torch code, compiled into fast kernels for the machine at hand.
 
 The public names are imported when they are first used, so that `flashloom --help` is quick and `flashloom doctor`
-works where
-torch cannot be imported.
+works where torch cannot be imported.
 """
 
 import os
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     # mypy takes fl.attention, fl.bench and fl.append for the modules of these names
     from flashloom.attention import Attention, Batch, BlockSparseKV, HeadShape, Plan, Reserve, attention, merge  # type: ignore[no-redef]
     from flashloom.bench import Workload, bench, workloads  # type: ignore[no-redef]
+    from flashloom.errors import FlashloomError
     from flashloom.kv_cache import DenseKV, PagedKVCache, PageTable, RaggedKV, append  # type: ignore[no-redef]
     from flashloom.monitor import Monitor, monitor
     from flashloom.pack import Pack, prepare
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "attention": ("Attention", "Batch", "BlockSparseKV", "HeadShape", "Plan", "Reserve", "attention", "merge"),
     "bench": ("Workload", "bench", "workloads"),
+    "errors": ("FlashloomError",),
     "kv_cache": ("DenseKV", "PageTable", "PagedKVCache", "RaggedKV", "append"),
     "monitor": ("Monitor", "monitor"),
     "pack": ("Pack", "prepare"),
@@ -71,13 +72,13 @@ _PUBLIC = {
 _HOME = {name: f"flashloom.{module}" for module, names in _PUBLIC.items() for name in names}
 
 __all__ = [
-    "Attention", "Batch", "Bits", "BlockSparseKV", "DenseKV", "HeadShape", "Monitor", "Pack", "PageTable",
-    "PagedKVCache", "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Plan", "RaggedKV",
-    "Reserve", "Scalar", "SealedError", "Target", "TraceError", "Variant", "Workload", "alibi", "alibi_slopes",
-    "append", "attention", "autotune", "bench", "causal", "configure", "custom_mask", "document_mask", "from_flex",
-    "full", "length_temperature", "merge", "monitor", "packed_mask", "prefix_lm", "prepare", "rope",
-    "rope_frequencies", "seal", "sigmoid", "sink", "sliding_window", "softcap", "tune", "tune_cache_path", "use",
-    "workloads",
+    "Attention", "Batch", "Bits", "BlockSparseKV", "DenseKV", "FlashloomError", "HeadShape", "Monitor", "Pack",
+    "PageTable", "PagedKVCache", "PerHead", "PerKVHead", "PerKeyToken", "PerQueryToken", "PerRequest", "Plan",
+    "RaggedKV", "Reserve", "Scalar", "SealedError", "Target", "TraceError", "Variant", "Workload", "alibi",
+    "alibi_slopes", "append", "attention", "autotune", "bench", "causal", "configure", "custom_mask",
+    "document_mask", "from_flex", "full", "length_temperature", "merge", "monitor", "packed_mask", "prefix_lm",
+    "prepare", "rope", "rope_frequencies", "seal", "sigmoid", "sink", "sliding_window", "softcap", "tune",
+    "tune_cache_path", "use", "workloads",
 ]  # fmt: skip
 
 
@@ -87,8 +88,11 @@ class _Package(ModuleType):
     _importing = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            self.__dict__[name] = found = _version()
+            return found
         if name not in _HOME:
-            raise AttributeError(f"module 'flashloom' has no attribute {name!r}")
+            raise AttributeError(f"module 'flashloom' has no attribute {name!r}{_meant(name)}")
         with _Package._importing:
             self.__dict__[name] = getattr(import_module(_HOME[name]), name)
         return self.__dict__[name]
@@ -99,7 +103,23 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*self.__dict__, *__all__})
+        return sorted({*(name for name in self.__dict__ if name.startswith("__")), "__version__", *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("flashloom")
+    except PackageNotFoundError:
+        return "0+unknown"  # sources on the path, not installed
+
+
+def _meant(name: str) -> str:
+    import difflib
+
+    near = () if name.startswith("_") else difflib.get_close_matches(name, __all__, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _after_fork() -> None:

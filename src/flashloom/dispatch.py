@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from flashloom.errors import warn
 
 if TYPE_CHECKING:
     from flashloom.attention.batch import Batch, Reserve
@@ -146,11 +147,9 @@ def _no_compiler(name: str, error: Exception) -> str:
             if type(error).__name__ == "NoCompiler"
             else "Kernels from a pack need no compiler"
         )
-        warnings.warn(
+        warn(
             f"flashloom passes over its {name} kernels, which leaves other kernels or the slow torch reference: "
-            f"{error}. {advice}; `flashloom doctor` shows what was found.",
-            RuntimeWarning,
-            stacklevel=5,
+            f"{error}. {advice}; `flashloom doctor` shows what was found."
         )
     return f"no compiler ({error})"
 
@@ -158,7 +157,7 @@ def _no_compiler(name: str, error: Exception) -> str:
 def _cannot_build(name: str, error: Exception) -> str:
     if name not in _warned:
         _warned.add(name)
-        warnings.warn(f"flashloom passes over its {name} backend: {error}", RuntimeWarning, stacklevel=5)
+        warn(f"flashloom passes over its {name} backend: {error}")
     return str(error)
 
 

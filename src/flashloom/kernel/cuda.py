@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from flashloom import settings, store
+from flashloom.errors import FlashloomError
 from flashloom.kernel.resident import Resident
 from flashloom.store import Entry
 
@@ -34,7 +35,7 @@ _FORMATS = {"fp32": "f4x", "i32": "i4x", "i64": "q"}
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
 
 
-class CudaError(RuntimeError):
+class CudaError(FlashloomError, RuntimeError):
     """The CUDA driver refused a call."""
 
 

@@ -12,6 +12,7 @@ from dataclasses import field
 from typing import Any
 
 from flashloom.dataclass import dataclass
+from flashloom.errors import FlashloomError
 from flashloom.store.entry import Key, digest
 
 __all__ = ["FORMAT", "STATUSES", "Record", "Rejected", "Tried", "parse"]
@@ -24,7 +25,7 @@ _TEXT = {"operator": str, "label": str, "machine": str, "date": str, "policy": s
 _PLAIN = (str, int, float, bool, type(None))
 
 
-class Rejected(ValueError):
+class Rejected(FlashloomError, ValueError):
     """A file that is no record of its key. `kind` is "corrupt", "foreign" (another key's) or "outdated" (another
     format's)."""
 

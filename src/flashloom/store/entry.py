@@ -12,13 +12,14 @@ from dataclasses import field
 from typing import Any
 
 from flashloom.dataclass import dataclass
+from flashloom.errors import FlashloomError
 
 __all__ = ["FORMAT", "Corrupt", "Entry", "Key", "difference", "digest", "manifest_of", "parse_manifest"]
 
 FORMAT = 1  # raised when entries written before can no longer be read; a part of every key
 
 
-class Corrupt(Exception):
+class Corrupt(FlashloomError):
     """Bytes of an entry that are not what its manifest says."""
 
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from flashloom.dataclass import dataclass
+from flashloom.errors import FlashloomError
 from flashloom.store.entry import FORMAT, Corrupt, Entry, Key, manifest_of, parse_manifest, read_entry
 
 __all__ = ["Folder", "Refused"]
@@ -29,7 +30,7 @@ _TOUCH_S = 3600.0
 _SLICES = 20  # in which a store's time is waited for
 
 
-class Refused(OSError):
+class Refused(FlashloomError, OSError):
     """A folder or file that somebody else could have written."""
 
 

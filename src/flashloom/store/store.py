@@ -12,7 +12,6 @@ import logging
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashloom import settings
 from flashloom.dataclass import dataclass
+from flashloom.errors import FlashloomError, warn
 from flashloom.store.entry import Corrupt, Entry, Key, difference, digest, flat
 from flashloom.store.folder import Folder, Refused, bounded
 
@@ -36,11 +36,11 @@ _NOTICE_S = 5.0
 _LOOKED_AT = 128  # entries, for why one was missed
 
 
-class NoToolchain(RuntimeError):
+class NoToolchain(FlashloomError, RuntimeError):
     """There is no compiler on this host for what is asked; the message says what to install."""
 
 
-class SealedError(RuntimeError):
+class SealedError(FlashloomError, RuntimeError):
     """A kernel is missing and nothing may be compiled now; the message says which field of the key missed."""
 
 
@@ -437,10 +437,8 @@ def on_disk(doing: str, work: Callable[[Folder], _T]) -> _T | None:
 def _warn(topic: str, message: str) -> None:
     if topic not in _state.warned:
         _state.warned.add(topic)
-        warnings.warn(
-            f"{message}. Kernels are kept in memory: results are right, start-up is slow", RuntimeWarning, stacklevel=4
-        )
-        log.warning("%s", message)
+        warn(f"{message}. Kernels are kept in memory: results are right, start-up is slow")
+        log.info("%s", message)  # the warning has said it once
 
 
 def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from flashloom.attention.reference import attend_tokens
 from flashloom.attention.tuning import Choice, Facts, candidates, question, valid
 from flashloom.bench.attention import pages_of
 from flashloom.bench.workloads import Workload
+from flashloom.errors import FlashloomError
 from flashloom.kv_cache import PagedKVCache, PageTable, RaggedKV
 from flashloom.kv_cache.cache import KV
 from flashloom.records import Question
@@ -33,7 +34,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 TOLERANCE_8_BIT = 6e-2
 
 
-class NothingToTune(ValueError):
+class NothingToTune(FlashloomError, ValueError):
     """There is one way only to compute this."""
 
 

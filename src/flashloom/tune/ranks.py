@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from flashloom import store
+from flashloom.errors import FlashloomError
 from flashloom.records import Record, Rejected, Scope, parse
 from flashloom.tune.progress import Progress
 from flashloom.tune.report import Outcome, Report
@@ -56,7 +57,7 @@ class Ranks:
         return group if isinstance(group, Ranks) else cls(None if group is True else group)
 
 
-class Gone(RuntimeError):
+class Gone(FlashloomError, RuntimeError):
     """The store does not answer: the process that held it is gone."""
 
 

@@ -26,6 +26,7 @@ import torch
 
 import flashloom
 from flashloom import store
+from flashloom.errors import FlashloomError
 from flashloom.records import FORMAT, Folder
 from flashloom.tune.operator import Config, Operator
 
@@ -38,7 +39,7 @@ CHILD_S = 300.0  # a candidate that takes longer than this is given up
 log = logging.getLogger("flashloom")
 
 
-class Lost(RuntimeError):
+class Lost(FlashloomError, RuntimeError):
     """The device can no longer be used by this process."""
 
 

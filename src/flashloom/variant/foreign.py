@@ -13,7 +13,7 @@ import torch
 NOWHERE = torch.device("meta")
 
 
-class TraceError(TypeError):
+class TraceError(FlashloomError, TypeError):
     """A hook does something that cannot become a kernel; the message says what to write instead. `tensor` is one that
     it was about, for whoever knows its name."""
 
