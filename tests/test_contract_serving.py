@@ -369,9 +369,10 @@ def test_append_by_slots(layout):
     assert int((cache[1].k != 0).any(-1).any(-1).sum()) == 4
 
 
-def test_slots_of_tokens_before_the_first_position_are_skipped():
+def test_slots_of_lengths_that_leave_out_this_step_are_refused():
     table = fl.PageTable.from_block_table([[3], [0]], [2, 1], page_size=4)
-    assert fl.Batch(q_lens=[4, 1], kv=table).slots().tolist() == [-1, -1, 12, 13, 0]
+    with pytest.raises(ValueError, match="request 0 has 4 new tokens but a length of 2"):
+        fl.Batch(q_lens=[4, 1], kv=table).slots()
 
 
 def test_append_then_attend():

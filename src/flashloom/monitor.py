@@ -49,7 +49,7 @@ class Call:
     __slots__ = ("_events", "captured", "executor", "host_seconds", "kind", "requests", "thread", "tokens")
 
     def __init__(self, kind: str, plan: Plan, host_seconds: float, events: tuple[Any, Any] | None, captured: bool):
-        self.kind, self.executor, self.host_seconds = kind, plan.executor, host_seconds
+        self.kind, self.executor, self.host_seconds = kind, _executor(plan), host_seconds
         self.requests, self.tokens = plan.batch.requests, plan.batch.tokens
         self.thread, self._events, self.captured = threading.current_thread().name, events, captured
 
@@ -194,6 +194,11 @@ class Monitor:
         found["store_bytes"], found["store"] = self.store_bytes, dataclasses.asdict(self.counters)
         return found
 
+    def __repr__(self) -> str:
+        state = "not entered" if not self._started else "left" if self._ended else "watching"
+        counts = ", ".join(f"{n} {kind}s" for kind, n in self._counts.items())
+        return f"Monitor({state}, {counts}, {len(self.compiles)} compiles)"
+
     def __str__(self) -> str:
         report = self.report()
         lines = [f"{'':10}{'calls':>8}{'total s':>12}{'median us':>12}{'largest us':>12}"]
@@ -203,9 +208,8 @@ class Monitor:
             lines.append(f"{kind:10}{row['calls']:8}{times}")
         peaks = ", ".join(f"{size} on {place}" for place, size in report["workspace_peak_bytes"].items()) or "0"
         counters = ", ".join(f"{n} {name}" for name, n in report["store"].items() if n and not name.endswith("seconds"))
-        return "\n".join(
-            [*lines, f"workspace bytes at most: {peaks}", f"store: {report['store_bytes']} bytes; {counters}"]
-        )
+        stored = "; ".join(filter(None, [f"store: {report['store_bytes']} bytes", counters]))
+        return "\n".join([*lines, f"workspace bytes at most: {peaks}", stored])
 
 
 def monitor(*, nvtx: bool | None = None, capture: bool = False, keep: int = 100_000) -> Monitor:
@@ -281,6 +285,11 @@ def _watched(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _executor(plan: Plan) -> str:
+    """Its name, without having one chosen that the first run would otherwise choose."""
+    return "not chosen" if getattr(plan, "_executor", plan) is None else plan.executor
+
+
 def _events(device: torch.device) -> tuple[Any, Any]:
     """Two events for timing, the first of them recorded."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -293,7 +302,7 @@ def _range(kind: str, plan: Plan, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    what = "" if kind == "plan" else f" {plan.executor} {plan.batch.requests} requests, {plan.batch.tokens} tokens"
+    what = "" if kind == "plan" else f" {_executor(plan)} {plan.batch.requests} requests, {plan.batch.tokens} tokens"
     torch.cuda.nvtx.range_push(f"flashloom {kind}{what}")
     try:
         yield

@@ -33,6 +33,8 @@ def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch]
     CPUs and memory allow. Raises what `plan` raises.
     """
     attentions = [attention] if isinstance(attention, Attention) else list(attention)
+    if isinstance(batches, Batch):
+        raise TypeError("batches is one Batch: give a list of them, as in fl.prepare(attention, [batch])")
     asked = [(one, batch) for batch in batches for one in attentions]
     random.Random(os.getpid()).shuffle(asked)  # so that processes begin with different kernels
     with ThreadPoolExecutor(jobs or job_limit(), "flashloom-prepare") as pool:
@@ -85,6 +87,11 @@ class Pack:
 
     def __len__(self) -> int:
         return len(self._kernels)
+
+    def __repr__(self) -> str:
+        built = "not built" if self.path is None else f"built to {self.path}"
+        targets = ", ".join(str(target) for target in self.targets)
+        return f"Pack([{targets}], {len(self._kernels)} kernels, {built})"
 
     def build(
         self,

@@ -62,15 +62,26 @@ def test_slots_agree_with_a_loop():
     g = torch.Generator().manual_seed(0)
     for page_size in (1, 3, 16):
         lens = torch.randint(0, 50, (9,), generator=g)
-        q_lens = [int(torch.randint(0, int(n) + 3, (1,), generator=g)) for n in lens]
+        q_lens = [int(torch.randint(0, int(n) + 1, (1,), generator=g)) for n in lens]
         width = -(-int(lens.max()) // page_size)
         table = torch.randint(0, 10**6, (9, width), generator=g)
         batch = fl.Batch(q_lens, kv=fl.PageTable.from_block_table(table, lens, page_size=page_size))
         want = []
         for b, (n, length) in enumerate(zip(q_lens, lens.tolist(), strict=True)):
             for t in range(length - n, length):
-                want.append(-1 if t < 0 else int(table[b, t // page_size]) * page_size + t % page_size)
+                want.append(int(table[b, t // page_size]) * page_size + t % page_size)
         assert batch.slots().tolist() == want
+
+
+def test_slots_refuse_lengths_without_this_steps_tokens():
+    table = fl.PageTable.from_block_table([[3, 8], [0, 1], [5, 2]], [20, 30, 4], page_size=16)
+    with pytest.raises(ValueError, match="request 2 has 10 new tokens but a length of 4: lengths include this step's"):
+        fl.Batch([1, 1, 10], kv=table).slots()
+    with pytest.raises(ValueError, match="request 0 has 5 new tokens but a length of 0"):
+        fl.Batch([5, 5, 5], kv=fl.RaggedKV([0, 0, 0])).slots()
+    with pytest.raises(ValueError, match="request 1 has 1 new tokens but a length of 0"):
+        fl.Batch.decode(fl.DenseKV(2, 8, [3, 0])).slots()
+    assert fl.Batch([20, 0, 4], kv=table).slots().tolist()[:2] == [48, 49]
 
 
 def test_slots_are_64_bit():
@@ -80,14 +91,17 @@ def test_slots_are_64_bit():
 
 def test_slots_on_a_device_agree_with_the_host():
     """The device's code path, on CPU tensors."""
-    for kv in (
-        fl.PageTable.from_block_table([[4, 1], [2, 0], [3, 3]], [7, 3, 0], page_size=4),
-        fl.RaggedKV([7, 3, 0]),
+    for kv, late in (
+        (fl.PageTable.from_block_table([[4, 1], [2, 0], [3, 3]], [7, 3, 0], page_size=4), [4, 5, 6, -1, 8, 9, 10, -1]),
+        (fl.RaggedKV([7, 3, 0]), [4, 5, 6, -1, 7, 8, 9, -1]),
     ):
-        batch = fl.Batch([3, 4, 1], kv=kv)
+        batch = fl.Batch([3, 2, 0], kv=kv)
         want = batch.slots()
         batch.host = False
         assert batch.slots().tolist() == want.tolist()
+        batch = fl.Batch([3, 4, 1], kv=kv)  # lengths without this step's tokens: not read on a device, and skipped
+        batch.host = False
+        assert batch.slots().tolist() == late
 
 
 def test_reserves_leave_open_what_is_none():

@@ -6,19 +6,20 @@ import itertools
 import logging
 import threading
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from flashloom import dispatch, forked, records, settings
+from flashloom import dispatch, forked, records, settings, store
 from flashloom.attention import check, pool
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec
+from flashloom.attention.reads import Sizes
 from flashloom.attention.rows import like
 from flashloom.attention.shape import HeadShape
 from flashloom.kernel import cuda
-from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout
+from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout, place
 from flashloom.kv_cache.views import as_kv
 from flashloom.variant import full
 from flashloom.variant.variant import Variant
@@ -28,18 +29,22 @@ _handles = itertools.count(1)
 #: Plans by handle, for calls that come back through torch.library.
 PLANS: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 _NO_LAUNCH = (None, None)
+_modes = torch._C._len_torch_dispatch_stack  # fake tensors, make_fx and the like see operators, not launches
 _VARIANTS_KEPT = 256  # per plan: other instances of the variant that were accepted
 
 
 class Attention:
-    """What one kind of layer computes: heads, variant, dtypes. Thread-safe, cheap, and independent of any batch.
+    """What one kind of layer computes: heads, variant, dtypes. Thread-safe, cheap, and independent of any batch. It
+    does not change: make another one for another variant.
 
     heads: HeadShape. dtype: that of the queries (float32, float16, bfloat16, or 8-bit floats); kv_dtype: that of keys
     and values, `dtype` unless given (also float8_e4m3fn, float8_e5m2, int8); where both are float8_e4m3fn a Hopper GPU
     multiplies prefill in that type, less exactly than 16-bit queries are (docs/hopper.md). layout: memory order of
     page tensors passed as tuples, "NHD" or "HND". sm_scale: 1 / sqrt(heads.dim) unless given. batch_invariant: a
-    request's result does not depend on the batch's other requests. device: the first GPU, or the CPU where there is
-    none. Raises TypeError or ValueError with the value, the rule and the fix."""
+    request's result does not depend on the batch's other requests. device: where it computes. Without it, that is
+    where the first batch has its lengths and page tables, and if those are on the host, where the tensors of the first
+    run are: a plan made before that run is then made once more, which a sealed process or a CUDA graph that is being
+    captured refuses, naming both devices. Raises TypeError or ValueError with the value, the rule and the fix."""
 
     def __init__(
         self,
@@ -62,25 +67,58 @@ class Attention:
         check.dtype("dtype", dtype, check.Q_DTYPES)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         check.dtype("kv_dtype", kv_dtype, KV_DTYPES)
-        self.heads, self.variant, self.dtype, self.kv_dtype, self.layout = (
-            heads,
-            variant,
-            dtype,
-            kv_dtype,
-            check_layout(layout),
-        )
-        self.sm_scale = check.scale(sm_scale, heads.dim**-0.5)
-        self.batch_invariant = bool(batch_invariant)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.empty(0, device=device).device  # with an index, so that comparisons are exact
+        own = self.__dict__  # past __setattr__
+        own.update(heads=heads, variant=variant, dtype=dtype, kv_dtype=kv_dtype, layout=check_layout(layout))
+        own.update(sm_scale=check.scale(sm_scale, heads.dim**-0.5), batch_invariant=bool(batch_invariant))
+        own["_settled"] = None if device is None else place(device)
         settings.check_world(settings.get().tensor_parallel_size)
-        self.values = variant.values
-        check.fields(variant.program, self.values, heads, self.device)
+        own["values"] = variant.values
+        own["_sizes"] = Sizes(variant)
+        check.fields(variant.program, self.values, heads, self._settled)
+        self._sizes.check_heads(self.values, heads)
         program = variant.program.specialise(heads.dim, heads.value_dim)
-        self._specs = [
+        own["_specs"] = [
             AttentionSpec(heads, program, dtype, kv_dtype, self.batch_invariant, sparse) for sparse in (False, True)
         ]
+
+    if TYPE_CHECKING:
+        heads: HeadShape
+        variant: Variant
+        dtype: torch.dtype
+        kv_dtype: torch.dtype
+        layout: str
+        sm_scale: float
+        batch_invariant: bool
+        values: tuple[Any, ...]
+        _settled: torch.device | None
+        _sizes: Sizes
+        _specs: list[AttentionSpec]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(
+            f"an Attention does not change: make another one, Attention(heads, {name}=..., ...)"
+            if name in ("variant", "dtype", "kv_dtype", "layout", "sm_scale", "batch_invariant", "device")
+            else f"an Attention does not change, and {name!r} is no attribute of it"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        hint = ": plan = attention.plan(batch), then plan.run(q, kv)" if name in ("run", "update", "forward") else ""
+        raise AttributeError(f"an Attention has no {name!r}{hint}")
+
+    def __call__(self, *args: object, **options: object) -> Any:
+        raise TypeError("an Attention is not called: plan = attention.plan(batch), then plan.run(q, kv)")
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; until that is known (see `device` above) the CPU, or where the variant's tensors are."""
+        if self._settled is not None:
+            return self._settled
+        away = (x.device for x in self.values if isinstance(x, Tensor) and x.device.type != "cpu")
+        return next(away, torch.device("cpu"))
+
+    def _settle(self, device: torch.device | None) -> None:
+        """From now on it computes there."""
+        self.__dict__["_settled"] = device
 
     @property
     def spec(self) -> AttentionSpec:
@@ -90,14 +128,12 @@ class Attention:
     def plan(self, batch: Batch, *, reserve: Reserve | None = None) -> Plan:
         """Choose and prepare kernels for a batch. The plan's `update` takes later batches, within `reserve` if one is
         given; with `fl.configure(enable_cudagraph=True)` what it leaves open is the size of this batch."""
-        tuner = records.current().tuner
-        if tuner is not None and isinstance(batch, Batch):
-            tuner(self, batch, reserve)
         return Plan(self, batch, reserve)
 
     def __repr__(self) -> str:
         names = [str(d).removeprefix("torch.") for d in (self.dtype, self.kv_dtype)]
-        return f"Attention({self.heads}, variant={self.variant}, dtype={names[0]}, kv_dtype={names[1]}, {self.device})"
+        where = "on the device of its first batch or run" if self._settled is None else self._settled
+        return f"Attention({self.heads}, variant={self.variant}, dtype={names[0]}, kv_dtype={names[1]}, {where})"
 
 
 class Plan:
@@ -109,22 +145,23 @@ class Plan:
             raise TypeError(f"reserve is {type(reserve).__name__}: give a Reserve(requests=, tokens=, pages=)")
         forked.in_use = True
         self.attention, self._reserve = attention, reserve
-        heads, self._device = attention.heads, attention.device
+        heads = attention.heads
         self._program, self._variant, self._values = attention.variant.program, attention.variant, attention.values
         self._others: dict[int, tuple[Variant, tuple[Any, ...]]] = {}
         self._per_batch = any(p.kind in ("request", "query", "key") for p in self._program.params)
+        self._sizes = attention._sizes
         self._values_grad = any(isinstance(v, Tensor) and v.requires_grad for v in self._values)
         self._hollow = any(isinstance(v, Tensor) and v.numel() == 0 for v in self._values)
         self._q_dtype, self._sm_scale, self._row = attention.dtype, attention.sm_scale, (heads.q_heads, heads.value_dim)
         self._alike = heads.value_dim == heads.dim and attention.spec.out_dtype is attention.dtype  # out and q
         self._softmax = self._program.softmax
-        self._cuda_index = self._device.index if self._device.type == "cuda" else None
         self._stream: int | None = None
         self._captured = False  # a CUDA graph may hold the addresses of its buffers
         self._busy = threading.Lock()
         # the arguments that run() accepted last; it diagnoses only what differs from them
         self._q_shape: torch.Size | None = None
         self._flat = True
+        self._exact = True  # q is flat and has the batch's tokens, no further rows
         self._out_shape: torch.Size = torch.Size(())
         self._kv_signature: tuple | None = None
         self._kv_known: tuple | None = None
@@ -133,18 +170,67 @@ class Plan:
         # the last run's `repeat` and `again` of the executor, for `fl.attention`; another object for every run that was
         # prepared anew, and None where it cannot be repeated
         self.launch: tuple[Any, Any] = _NO_LAUNCH
-        check.batch(batch, self._device)
+        check.batch(batch, attention._settled)
+        if attention._settled is None and not batch.host:
+            check.fields(self._program, self._values, heads, batch.device)
+            attention._settle(batch.device)
+        self._open = attention._settled is None  # the first run says where
+        self._executor: Any = None
+        self._refusals: list[tuple[str, str]] = []
         if settings.get().enable_cudagraph:
-            reserve = self._reserve = (reserve or Reserve()).fixed(batch)
-        spec = attention._specs[batch.blocks is not None]
-        self._out_dtype = spec.out_dtype
+            self._reserve = (reserve or Reserve()).fixed(batch)
+        self._spec = attention._specs[batch.blocks is not None]
+        self._out_dtype = self._spec.out_dtype
         self._accept_batch(batch)
-        if self._cuda_index is not None:
-            self._check_stream()  # a first run on another stream waits for what planning begins here
-        self._executor, self._refusals = dispatch.plan(spec, self._device, batch, reserve)
+        self._device = attention.device
+        self._cuda_index = self._device.index if self._device.type == "cuda" else None
+        if not (self._open and torch.cuda.is_available()):  # else a kernel made here might be of no use
+            self._choose(self._device)
         self.handle = next(_handles)
         PLANS[self.handle] = self
-        _log.debug("planned %s with %s for %s", batch, self._executor.name, attention)
+
+    def _choose(self, device: torch.device) -> None:
+        """Choose and prepare a kernel there."""
+        check.fields(self._program, self._values, self.attention.heads, device)
+        former = self._device, self._cuda_index
+        self._device, self._cuda_index = device, device.index if device.type == "cuda" else None
+        try:
+            if self._cuda_index is not None:
+                self._check_stream()  # a first run on another stream waits for what planning begins here
+            tuner = records.current().tuner
+            if tuner is not None:
+                tuner(self.attention, self._batch, self._reserve)
+            self._executor, self._refusals = dispatch.plan(self._spec, device, self._batch, self._reserve)
+        except BaseException:
+            self._device, self._cuda_index = former
+            raise
+        _log.debug("planned %s with %s for %s", self._batch, self._executor.name, self.attention)
+
+    def _settle(self, q: Tensor) -> None:
+        """The first run of a plan whose Attention was given no device: it computes where its tensors are."""
+        known, here = self.attention._settled, q.device
+        if known is not None and known != here:
+            raise ValueError(
+                f"q is on {here} but this Attention computes on {known}, where its first batch or run was: move q with "
+                f".to({str(known)!r}), or make another Attention for {here}"
+            )
+        if here != self._device:
+            captures = here.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if store.is_sealed() or captures:
+                raise (RuntimeError if captures else store.SealedError)(
+                    f"q is on {here} but the plan was made for {self._device}, since its batch is on the host and the "
+                    "Attention was given no device, and no other can be made now ("
+                    f"{'a CUDA graph is being captured' if captures else 'this process is sealed'}): give "
+                    f"Attention(device={str(here)!r})"
+                )
+        self.attention._settle(here)
+        try:
+            if here != self._device or self._executor is None:
+                self._choose(here)
+        except BaseException:
+            self.attention._settle(known)
+            raise
+        self._open = False
 
     @property
     def device(self) -> torch.device:
@@ -175,7 +261,7 @@ class Plan:
         this call. Where all requests have as many query tokens, q may be [requests, tokens, q_heads, dim] in any
         strides; out and lse then have that form, and lie in memory as q does. Raises TypeError, ValueError or
         RuntimeError before any work."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _modes():
             from flashloom.attention import library
 
             return library.run(self, q, kv, out, lse, return_lse, partial, variant, sm_scale)
@@ -203,6 +289,7 @@ class Plan:
                 or not (q.is_contiguous() or q.stride(-1) == 1)
                 or q.device != self._device
                 or q.requires_grad
+                or q.is_neg()
             ):
                 self._accept_q(q)
             if type(kv) is not KV:
@@ -236,14 +323,16 @@ class Plan:
             scale = self._sm_scale if sm_scale is None else check.scale(sm_scale, self._sm_scale)
             if self._cuda_index is not None:
                 self._check_stream()
-            if self._nothing:
+            if self._nothing or not kv.k.numel():
+                if not self._nothing:
+                    self._no_keys(out, lse)
                 return (out, lse) if return_lse else out
             self._executor.run(q, kv, out, lse, sm_scale=scale, partial=partial, values=values)
             self._repeat, self.launch = None, _NO_LAUNCH
             if lse is None and not (self._contents or self._values_grad):
                 repeat = getattr(self._executor, "repeat", None)
                 if repeat is not None:
-                    self.launch = repeat, self._executor.again  # type: ignore[attr-defined]
+                    self.launch = repeat, self._executor.again
                 self._repeat = repeat if plain else None
         finally:
             self._busy.release()
@@ -256,16 +345,31 @@ class Plan:
         return None, None, None, None
 
     def _accept_q(self, q: Tensor) -> None:
-        check.query(q, self.attention.heads, self._q_dtype, self._device, self._batch)
+        where = q.device if self._open and isinstance(q, Tensor) else self._device
+        check.query(q, self.attention.heads, self._q_dtype, where, self._batch)
+        if self._open:
+            self._settle(q)
         self._q_shape, self._out_shape = q.shape, torch.Size((*q.shape[:-2], *self._row))
         self._flat = q.dim() == 3
+        self._exact = self._flat and q.shape[0] == self._batch.tokens
 
     def _empty(self, q: Tensor) -> Tensor:
-        if self._flat:
+        if self._exact:
             if self._alike and q.is_contiguous():
                 return torch.empty_like(q)  # in half of new_empty's time
             return q.new_empty(self._out_shape, dtype=self._out_dtype)
-        return like(q, self._row[1], self._out_dtype)
+        if q.dim() == 4:
+            return like(q, self._row[1], self._out_dtype)
+        check.further_rows("out", q, self._batch)
+        # the batch's tokens are known to the device alone: what lies beyond them is 0
+        return q.new_zeros((*q.shape[:-2], *self._row), dtype=self._out_dtype)
+
+    def _no_keys(self, out: Tensor, lse: Tensor | None) -> None:
+        """The batch's rows over keys of which there are none."""
+        rows = slice(None) if out.dim() == 4 else slice(self._batch.tokens)
+        out[rows].zero_()
+        if lse is not None:
+            lse[rows].fill_(-torch.inf)
 
     def _accept_kv(self, kv: KV) -> None:
         if kv.signature == self._kv_known and not self._contents:  # only the batch is new
@@ -277,7 +381,7 @@ class Plan:
         check.keys_values(
             kv, self.attention.heads, self.attention.kv_dtype, self._device, self._checked, self._contents
         )
-        if (kv.k.requires_grad or kv.v.requires_grad) is False:
+        if not (kv.k.requires_grad or kv.v.requires_grad):
             self._kv_signature = self._kv_known = kv.signature
 
     def _accept_lse(self, lse: Tensor | None, q: Tensor, out: Tensor) -> Tensor:
@@ -287,7 +391,10 @@ class Plan:
                 "results add"
             )
         if lse is None:
-            return like(out, None, torch.float32)
+            if self._exact or not self._flat:
+                return like(out, None, torch.float32)
+            check.further_rows("lse", q, self._batch)
+            return out.new_full(out.shape[:-1], -torch.inf, dtype=torch.float32)
         if (
             type(lse) is not Tensor
             or lse.shape != self._out_shape[:-1]
@@ -304,6 +411,7 @@ class Plan:
             return known[1]
         values = self._instance(variant)
         check.batch_fields(self._program, values, self._batch)
+        self._sizes.check_batch(variant, values, self.attention.heads, self._batch)
         if not self._per_batch:  # a batch's own tensors, such as masks, are large and seldom come again
             if len(self._others) >= _VARIANTS_KEPT:
                 self._others.clear()
@@ -326,7 +434,8 @@ class Plan:
                 "(other numbers, same code, dtypes and ranks); plan an Attention with this variant instead"
             )
         values = variant.values
-        check.fields(self._program, values, self.attention.heads, self._device)
+        check.fields(self._program, values, self.attention.heads, None if self._open else self._device)
+        self._sizes.check_heads(values, self.attention.heads)
         self._values_grad = self._values_grad or any(isinstance(v, Tensor) and v.requires_grad for v in values)
         return values
 
@@ -358,7 +467,7 @@ class Plan:
                 "this plan is being used by another thread: a plan belongs to one thread at a time; make one per thread"
             )
         try:
-            check.batch(batch, self._device)
+            check.batch(batch, None if self._open else self._device)
             old = self._batch
             if old.form != batch.form:
                 names = "KV", "a page size of", "lengths on", "a block pattern:"
@@ -374,6 +483,8 @@ class Plan:
             except (TypeError, ValueError):
                 self._variant, self._values = former
                 raise
+            if self._executor is None:
+                return  # the first run plans for this batch
             if self._cuda_index is not None:
                 self._check_stream()
             try:
@@ -403,12 +514,18 @@ class Plan:
         if self._per_batch or self._hollow:
             check.batch_fields(self._program, self._values, checked)
             self._others.clear()
+        if self._sizes.of_batch:
+            self._sizes.check_batch(self._variant, self._values, self.attention.heads, checked)
+            self._others.clear()
         self._batch, self._checked, self._nothing = batch, checked, batch.tokens == 0
         if batch.kind == "dense":
             self._kv_known = None  # the tokens per row may be others
         self._repeat, self.launch = None, _NO_LAUNCH
-        if self._q_shape is not None and not (self._flat and self._q_shape[0] >= (batch.tokens or 0)):
-            self._q_shape = None
+        if self._q_shape is not None:
+            rows = self._q_shape[0]
+            self._exact = self._flat and rows == batch.tokens
+            if not (self._flat and rows >= (batch.tokens or 0)):
+                self._q_shape = None
         self._kv_signature = self._pages_known = None  # its pages are compared with the new table in the next run
 
     # --- looking ---
@@ -421,18 +538,28 @@ class Plan:
     @property
     def executor(self) -> str:
         """The name of the backend that serves this plan."""
-        return self._executor.name
+        return self._chosen().name
+
+    def _chosen(self) -> Any:
+        """The executor; whoever asks before the first run has said where is told of the attention's device so far."""
+        if self._executor is None:
+            self._choose(self._device)
+        return self._executor
 
     @property
     def workspace_size(self) -> int:
         """Bytes of the buffers that the plan owns."""
-        return self._executor.workspace_size
+        return self._chosen().workspace_size
 
     def explain(self) -> str:
         """Which kernel and config serve this plan, and why not the others."""
-        lines = [f"{self.attention}", f"{self._batch}", f"{self._executor.name}: {self._executor.explain()}"]
+        lines = [f"{self.attention}", f"{self._batch}", f"{self.executor}: {self._executor.explain()}"]
         lines += [f"not {name}: {reason}" for name, reason in self._refusals]
         return "\n".join([*lines, *self._configured()])
+
+    def __repr__(self) -> str:
+        chosen = "not chosen before the first run" if self._executor is None else self._executor.name
+        return f"Plan({self._batch}, {chosen}, {self.attention})"
 
     def _configured(self) -> list[str]:
         """What `fl.configure` says about this plan."""

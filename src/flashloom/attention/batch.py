@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from flashloom import settings
 from flashloom.dataclass import dataclass
 from flashloom.kv_cache.integers import INT32_MAX, Integers, cumulative, lengths, offsets, on_host, positive, to_int32
 from flashloom.kv_cache.pages import DenseKV, KVLayout
@@ -207,6 +208,12 @@ class Batch:
         return self.kind, 0 if self.kind == "dense" else self.page_size, self.device, self.blocks is not None
 
     @property
+    def row(self) -> int:
+        """Tokens of one page or row of keys, as the tensors have it."""
+        kv = self.kv.kv if isinstance(self.kv, BlockSparseKV) else self.kv
+        return kv.tokens if isinstance(kv, DenseKV) else self.page_size
+
+    @property
     def blocks(self) -> BlockSparseKV | None:
         """The block pattern, where there is one."""
         return self.kv if isinstance(self.kv, BlockSparseKV) else None
@@ -231,21 +238,40 @@ class Batch:
         return int(lens[0]) if (lens == lens[0]).all() else None
 
     @cached_property
+    def longest(self) -> tuple[int, int] | None:
+        """Most query tokens, and most keys of those with query tokens, that a request has; None where only the device
+        knows them."""
+        if not self.host:
+            return None
+        q, kv = np.diff(self.q_indptr.numpy()), self.kv_lens.numpy()
+        return (int(q.max()), int(kv[q > 0].max(initial=0))) if q.size else (0, 0)
+
+    @cached_property
     def kv_tokens(self) -> int | None:
         """Key tokens of the batch; None where only the device knows it."""
         return int(self.kv_indptr[-1]) if self.host else None
 
     def slots(self) -> torch.Tensor:
         """Where this step's tokens go in the cache, int64 [tokens]: page * page_size + offset (for ragged KV the row),
-        -1 for a query token before the request's first position. On the batch's device, without waiting for it."""
+        for `fl.append`. Lengths include this step's tokens: a request with more query tokens than its length is a
+        ValueError. On the batch's device, without waiting for it; there such tokens get -1, which `append` skips."""
         if self.tokens is None:
             raise ValueError(
                 "the query lengths are on a device, where they are not read: pass Batch(..., tokens=) to use slots()"
             )
         if self.host:
             q, lens = self.q_indptr.numpy(), self.kv_lens.numpy()
-            rows = np.repeat(np.arange(self.requests), q[1:] - q[:-1])
+            new = q[1:] - q[:-1]
+            if (new > lens).any():
+                at = int((new > lens).argmax())
+                raise ValueError(
+                    f"request {at} has {new[at]} new tokens but a length of {lens[at]}: lengths include this step's "
+                    f"tokens; give {new[at]} more than were in the cache before"
+                )
+            rows = np.repeat(np.arange(self.requests), new)
             return self.kv.slots(rows, np.arange(self.tokens) + (lens - q[1:])[rows])
+        if settings.get().check:
+            self.to_host().slots()  # raises for such a request
         token = torch.arange(self.tokens, dtype=torch.int32, device=self.device)
         request = torch.searchsorted(self.q_indptr, token, right=True) - 1
         request = request.clamp(max=max(self.requests - 1, 0))

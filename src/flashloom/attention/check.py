@@ -59,6 +59,8 @@ def tensor(name: str, x: object, form: str, want: torch.dtype, device: torch.dev
         )
     plain(name, x)
     grad(name, x)
+    if x.is_neg():
+        raise ValueError(f"{name} is a negative view of other memory (as .imag of a conjugate is): use .resolve_neg()")
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} has inner stride {x.stride(-1)}: elements of a row must lie side by side (stride 1); use "
@@ -81,7 +83,7 @@ def query(q: object, heads: HeadShape, want: torch.dtype, device: torch.device, 
     if q.dim() not in (3, 4) or tuple(q.shape[-2:]) != (heads.q_heads, heads.dim):
         raise ValueError(f"q has shape {tuple(q.shape)}: must be {form}")
     if q.dim() == 4:
-        if batch.each != q.shape[1] or batch.requests != q.shape[0]:
+        if batch.requests != q.shape[0] or (batch.each != q.shape[1] and batch.requests):
             lengths = (
                 "lengths on a device, which are not read"
                 if not batch.host
@@ -146,11 +148,7 @@ def keys_values(
         form = f"[{size}, kv_heads, {'dim' if name == 'k' else 'value_dim'}]"
         tensor(name, x, form, want, device)
         shape = (x.shape[0], *x.shape[2:]) if batch.ragged else tuple(x.shape)
-        wanted = (
-            (x.shape[0], heads.kv_heads, width)
-            if batch.ragged
-            else (x.shape[0], batch.page_size, heads.kv_heads, width)
-        )
+        wanted = (x.shape[0], heads.kv_heads, width) if batch.ragged else (x.shape[0], batch.row, heads.kv_heads, width)
         if shape != wanted:
             number = "tokens" if batch.ragged else "pages"
             listed = ", ".join([number, *map(str, wanted[1:])])
@@ -204,23 +202,21 @@ def raw_kv(kv: object, batch: Batch, heads: HeadShape) -> tuple[torch.Tensor, to
     return k, v, k_scale, v_scale
 
 
-def fields(program: Program, values: tuple[Any, ...], heads: HeadShape, device: torch.device) -> None:
-    """A variant's tensors against the heads and the device: what does not depend on a batch."""
+def fields(program: Program, values: tuple[Any, ...], heads: HeadShape, device: torch.device | None) -> None:
+    """A variant's tensors against the heads and the device (None: not known yet): what does not depend on a batch."""
     sizes = {"head": ("q_heads", heads.q_heads), "kv_head": ("kv_heads", heads.kv_heads)}
     for param, value in zip(program.params, values, strict=True):
         if isinstance(value, torch.Tensor):
-            if value.device != device:
+            own = f"the variant's {param.name.rpartition('.')[2]}"
+            if device is not None and value.device != device:
                 raise ValueError(
-                    f"the variant's {param.name} is on {value.device} but the plan is for {device}: move it with "
-                    f".to({str(device)!r})"
+                    f"{own} is on {value.device} but the plan is for {device}: move it with .to({str(device)!r})"
                 )
-            plain(f"the variant's {param.name}", value)
-            grad(f"the variant's {param.name}", value)
+            plain(own, value)
+            grad(own, value)
             if param.kind in sizes and value.shape[0] != sizes[param.kind][1]:
                 name, size = sizes[param.kind]
-                raise ValueError(
-                    f"the variant's {param.name} has {value.shape[0]} entries: must have one per head, {name} = {size}"
-                )
+                raise ValueError(f"{own} has {value.shape[0]} entries: must have one per head, {name} = {size}")
 
 
 def batch_fields(program: Program, values: tuple[Any, ...], batch: Batch) -> None:
@@ -243,17 +239,26 @@ def batch_fields(program: Program, values: tuple[Any, ...], batch: Batch) -> Non
             size = batch.kv_tokens if param.kind == "key" else size
             if size is not None and value.shape[0] < size:
                 raise ValueError(
-                    f"the variant's {param.name} has {value.shape[0]} entries but the batch has {size} {name}: give "
-                    "one for each"
+                    f"the variant's {param.name.rpartition('.')[2]} has {value.shape[0]} entries but the batch has "
+                    f"{size} {name}: give one for each"
                 )
 
 
-def batch(value: object, device: torch.device) -> None:
+def further_rows(name: str, q: torch.Tensor, batch: Batch) -> None:
+    """A caller who lets run() make a result has just the batch's rows."""
+    if batch.tokens is not None and q.shape[0] > batch.tokens:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens but the batch has {batch.tokens}: update the plan for this batch, or pass "
+            f"{name}=, whose further rows stay untouched"
+        )
+
+
+def batch(value: object, device: torch.device | None) -> None:
     if not isinstance(value, Batch):
         raise TypeError(
             f"a plan takes a Batch, not {type(value).__name__}: fl.Batch(q_lens=..., kv=...) or fl.Batch.decode(kv)"
         )
-    if not value.host and value.device != device:
+    if device is not None and not value.host and value.device != device:
         raise ValueError(
             f"the batch is on {value.device} but the attention on {device}: make its tensors there or on the host"
         )

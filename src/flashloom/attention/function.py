@@ -5,10 +5,11 @@ and launches with new addresses alone."""
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -19,11 +20,14 @@ from flashloom.attention.executor import guard
 from flashloom.attention.shape import HeadShape
 from flashloom.kernel import cuda
 from flashloom.kv_cache.pages import DenseKV, RaggedKV
+from flashloom.variant import causal as causal_variant
 from flashloom.variant import full
+from flashloom.variant.ranges import SKIP, tile_verdict
 from flashloom.variant.variant import Variant
 
 _PLANS_KEPT, _CALLS_KEPT = 64, 256  # per thread
 _SHARING = 4  # plans of one size class; a further shape takes over the one looked up least recently
+_modes = torch._C._len_torch_dispatch_stack  # fake tensors, make_fx and the like see operators, not launches
 _RUN = Plan.run  # while a monitor watches, Plan.run is another function, and every call goes through it
 
 
@@ -79,28 +83,45 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
+    *more: NoReturn,
     variant: Variant = full,
+    causal: bool = False,
     sm_scale: float | None = None,
     return_lse: bool = False,
+    out: torch.Tensor | None = None,
+    layout: str | None = None,
+    **unknown: NoReturn,
 ) -> Any:
     """Attention over dense tensors: q [tokens, q_heads, dim], k [kv_tokens, kv_heads, dim], v [kv_tokens, kv_heads,
     value_dim], or with a batch q [batch, q_heads, tokens, dim], k [batch, kv_heads, kv_tokens, dim], v [batch,
-    kv_heads, kv_tokens, value_dim]. Any strides but the last axis' 1 are read in place.
+    kv_heads, kv_tokens, value_dim] as torch's SDPA has it. Any strides but the last axis' 1 are read in place.
+
+    layout: "BTHD" for flash-attn's [batch, tokens, heads, dim], of the result too; "BHTD" says that the order above is
+    meant where it looks like a mistake: a causal batch with more queries than keys is a ValueError without it. causal:
+    variant & fl.causal. out: where the result goes, in q's form with value_dim, any strides but the last axis' 1; apart
+    from q, k and v.
 
     Returns out in q's form, dtype and memory order of heads and tokens, or (out, lse) with return_lse: float32, natural
-    logarithm, [tokens, q_heads] or [batch, q_heads, tokens]. Queries are the last tokens of their request (query i sits
-    at kv_tokens - tokens + i). Plans are kept for recent classes of shapes. A CUDA graph captures calls on tensors of
-    shapes that were called with before. Raises TypeError, ValueError or RuntimeError for what does not fit."""
-    if torch.compiler.is_compiling():
-        from flashloom.attention import library
-
-        return library.dense(q, k, v, variant, sm_scale, return_lse)
+    logarithm, [tokens, q_heads] or [batch, q_heads, tokens] ([batch, tokens, q_heads] with "BTHD"). Queries are the
+    last tokens of their request (query i sits at kv_tokens - tokens + i). Without requests or tokens the result is
+    empty, without keys 0 and -inf. Autocast changes nothing: dtypes are those of the tensors. Plans are kept for recent
+    classes of shapes. A CUDA graph captures calls on tensors of shapes that were called with before. Raises TypeError,
+    ValueError or RuntimeError for what does not fit."""
+    if causal:
+        variant = _causal(variant)
+    if more or unknown or layout is not None or out is not None:
+        return _named(q, k, v, more, variant, sm_scale, return_lse, out, layout, unknown)
+    if torch.compiler.is_compiling() or _modes():
+        return _operator(q, k, v, variant, sm_scale, return_lse, False)
     key = None
     if type(q) is type(k) is torch.Tensor and not return_lse and (sm_scale is None or type(sm_scale) is float):
         device = q.get_device()
         stream = cuda.raw_stream(device) if device >= 0 else 0
-        key = (id(variant), sm_scale, device, stream, q.shape, k.shape)
+        try:
+            key = (id(variant), sm_scale, device, stream, q.shape, k.shape)
+        except RuntimeError:  # a nested tensor has no shape
+            _check(q, k, v, variant, False)
+            raise
         call = _recent.calls.get(key)
         if (
             call is not None
@@ -112,12 +133,128 @@ def attention(
                 if call.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()):
                     return out
             if call.plan.batch is call.batch:  # another call of this plan came between
-                result = _run(call.plan, q, k, v, variant, sm_scale, False)
+                result = _run(call.plan, q, k, v, variant, sm_scale, False, None)
                 call.follow()
                 return result
+    if any(map(_virtual, (q, k, v))):
+        return _operator(q, k, v, variant, sm_scale, return_lse, False)
+    _check(q, k, v, variant, False)
+    plan, result = dense(q, k, v, variant, sm_scale, return_lse)
+    if key is not None:
+        _remember(key, plan, q, k, v, variant, result)
+    return result
+
+
+def _causal(variant: Any) -> Any:
+    """The variant under the causal mask; the same object each time, so that calls can repeat each other."""
+    if variant is full:
+        return causal_variant
+    if not isinstance(variant, Variant) or causal_variant in variant._parts():
+        return variant
+    known = variant.__dict__.get("_causal")
+    if known is None:
+        known = variant.__dict__["_causal"] = variant & causal_variant
+    return known
+
+
+def _named(
+    q: Any, k: Any, v: Any, more: tuple, variant: Any, sm_scale: Any, return_lse: bool, out: Any, layout: Any,
+    unknown: dict[str, Any],
+) -> Any:  # fmt: skip
+    """`attention` with arguments by which calls are not repeated at once."""
+    if more or unknown:
+        _refuse(more, unknown)
+    if layout not in (None, "BHTD", "BTHD"):
+        raise ValueError(
+            f'layout={layout!r}: give "BHTD" ([batch, heads, tokens, dim], torch\'s) or "BTHD" ([batch, tokens, heads, '
+            'dim], flash-attn\'s), or leave it out for "BHTD"'
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is {type(x).__name__}: give a tensor")
+        if layout is not None and x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: layout={layout!r} is for 4-D tensors; leave it out")
+    if out is not None:
+        if not isinstance(out, torch.Tensor):
+            raise TypeError(f"out is {type(out).__name__}: give a tensor, or None")
+        if out.shape != (*q.shape[:-1], v.shape[-1]):
+            raise ValueError(f"out has shape {tuple(out.shape)}: must be {(*q.shape[:-1], v.shape[-1])}, q's form")
+    if layout == "BTHD":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = None if out is None else out.transpose(1, 2)
+        result = _named(q, k, v, (), variant, sm_scale, return_lse, out, "BHTD", {})
+        return tuple(x.transpose(1, 2) for x in result) if return_lse else result.transpose(1, 2)
+    if torch.compiler.is_compiling() or _modes() or any(map(_virtual, (q, k, v))):
+        result = _operator(q, k, v, variant, sm_scale, return_lse, layout is not None)
+        if out is None:
+            return result
+        out.copy_(result[0] if return_lse else result)
+        return (out, result[1]) if return_lse else out
+    if out is None and q.shape[2] <= k.shape[2]:  # what the name would permit does not arise
+        return attention(q, k, v, variant=variant, sm_scale=sm_scale, return_lse=return_lse)
+    _check(q, k, v, variant, layout is not None)
+    result = dense(q, k, v, variant, sm_scale, return_lse, out)[1]
+    if out is None:
+        return result
+    return (out, result[1]) if return_lse else out
+
+
+_INSTEAD = {
+    "is_causal": "causal=True (query i of n sits at kv_tokens - n + i, which is torch's order where there are as many "
+    "queries as keys)",
+    **dict.fromkeys(("scale", "softmax_scale"), "sm_scale="),
+    **dict.fromkeys(("attn_mask", "mask", "attn_bias"), "variant=fl.custom_mask(mask) for a bool mask (True keeps), or "
+    "a variant of your own whose logits_transform adds a bias"),
+    **dict.fromkeys(("dropout_p", "dropout"), "nothing: flashloom is for inference and drops nothing"),
+    "enable_gqa": "nothing: groups of query heads share a kv head whenever there are fewer of them",
+    **dict.fromkeys(("window_size", "window_left", "window"), "variant=fl.sliding_window(...)"),
+    **dict.fromkeys(("softcap", "logits_soft_cap"), "variant=fl.softcap(...)"),
+    "alibi_slopes": "variant=fl.alibi(slopes)",
+    **dict.fromkeys(("score_mod", "mask_mod", "block_mask"), "variant=fl.from_flex(score_mod=, mask_mod=)"),
+    **dict.fromkeys(("return_softmax_lse", "return_attn_probs"), "return_lse=True"),
+    "lse": "return_lse=True",
+}  # fmt: skip
+_TAKEN = ("variant", "causal", "sm_scale", "return_lse", "out", "layout")
+
+
+def _refuse(more: tuple, unknown: dict[str, Any]) -> NoReturn:
+    if more:
+        what = type(more[0]).__name__
+        raise TypeError(
+            f"fl.attention takes q, k and v by place, and a {what} was given as a fourth: name it, as in variant=..., "
+            "causal=True, sm_scale=... (torch's attn_mask is variant=fl.custom_mask(mask))"
+        )
+    name = next(iter(unknown))
+    near = difflib.get_close_matches(name, _TAKEN, 1)
+    hint = _INSTEAD.get(name) or (f"{near[0]}=, if that was meant" if near else f"one of {', '.join(_TAKEN)}")
+    raise TypeError(f"fl.attention has no argument {name!r}: give {hint}")
+
+
+def _virtual(x: object) -> bool:
+    """Whether it is a tensor that has no memory of its own, such as a fake one: its class handles operators."""
+    kind: Any = type(x)
+    return kind is not torch.Tensor and isinstance(x, torch.Tensor) and (
+        kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not x.is_nested
+    )  # fmt: skip
+
+
+def _operator(q: Any, k: Any, v: Any, variant: Any, sm_scale: Any, return_lse: bool, named: bool) -> Any:
+    """The call as an operator of torch.library."""
+    from flashloom.attention import library
+
+    return library.dense(q, k, v, variant, sm_scale, return_lse, named)
+
+
+def _check(q: Any, k: Any, v: Any, variant: Any, named: bool) -> None:
+    """What a plan does not say in the words of this call. named: the caller has said which axis is which."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}: give a tensor")
+        if x.is_nested:
+            raise TypeError(
+                f"{name} is a nested tensor: pass its values to a plan, Batch(q_indptr=q.offsets(), "
+                "kv=RaggedKV(indptr=k.offsets())), with [tokens, heads, dim]"
+            )
         if x.dim() not in (3, 4) or x.dim() != q.dim():
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}: q, k and v are [tokens, heads, dim], or all three [batch, heads, "
@@ -126,20 +263,36 @@ def attention(
         check.grad(name, x)
     if not isinstance(variant, Variant):
         raise TypeError(f"variant is {type(variant).__name__}: give a Variant, such as fl.causal or YourVariant(...)")
-    plan, result = dense(q, k, v, variant, sm_scale, return_lse)
-    if key is not None:
-        _remember(key, plan, q, k, v, variant, result)
-    return result
+    if not named and q.dim() == 4:
+        check_order(q, k, variant)
+
+
+def check_order(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> None:
+    """A causal batch with more queries than keys has rows that see nothing; most often its axes are in flash-attn's
+    order."""
+    queries, keys = q.shape[2], k.shape[2]
+    if not 0 < keys < queries or not q.shape[0] or variant.program.mask is None:
+        return
+    place = {"batch": 0, "kv_head": 0, "q_len": queries, "kv_len": keys, "q_start": 0, "kv_start": 0}
+    pairs = {"q_head_lo": 0, "q_head_hi": q.shape[1] - 1, "kv_pos_lo": 0, "kv_pos_hi": keys - 1}
+    first = {"q_pos_lo": keys - queries, "q_pos_hi": -1}
+    if tile_verdict(variant.program, variant.values, {**place, **pairs, **first}) == SKIP:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}, which as [batch, heads, tokens, dim] are {queries} "
+            f"queries over {keys} keys: under this mask the first {queries - keys} rows see no key. For flash-attn's "
+            '[batch, tokens, heads, dim] pass layout="BTHD"; layout="BHTD" says that just this is meant'
+        )
 
 
 def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, sm_scale: float | None, return_lse: bool
-) -> tuple[Plan, Any]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, sm_scale: float | None, return_lse: bool,
+    out: torch.Tensor | None = None,
+) -> tuple[Plan, Any]:  # fmt: skip
     """`attention` after the first checks: the plan and the result."""
     plan = _plan(q, k, v, variant)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         _recent.captured.add(plan)
-    return plan, _run(plan, q, k, v, variant, sm_scale, return_lse)
+    return plan, _run(plan, q, k, v, variant, sm_scale, return_lse, out)
 
 
 def _run(
@@ -150,10 +303,12 @@ def _run(
     variant: Variant,
     sm_scale: float | None,
     return_lse: bool,
+    out: torch.Tensor | None,
 ) -> Any:
     if q.dim() == 3:
-        return plan.run(q, (k, v), return_lse=return_lse, variant=variant, sm_scale=sm_scale)
-    result = plan.run(q.transpose(1, 2), (k, v), return_lse=return_lse, variant=variant, sm_scale=sm_scale)
+        return plan.run(q, (k, v), out=out, return_lse=return_lse, variant=variant, sm_scale=sm_scale)
+    rows, to = q.transpose(1, 2), None if out is None else out.transpose(1, 2)
+    result = plan.run(rows, (k, v), out=to, return_lse=return_lse, variant=variant, sm_scale=sm_scale)
     if return_lse:
         return result[0].transpose(1, 2), result[1].transpose(1, 2)
     return result.transpose(1, 2)
@@ -244,12 +399,13 @@ def _class(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple:
 def _batch(q: torch.Tensor, k: torch.Tensor) -> Batch:
     if q.dim() == 3:
         return Batch(q_lens=[q.shape[0]], kv=RaggedKV([k.shape[0]]))
-    requests, tokens = k.shape[0], k.shape[2]
-    return Batch(q_lens=[q.shape[2]] * requests, kv=DenseKV(requests, max(tokens, 1), [tokens] * requests))
+    return Batch(q_lens=[q.shape[2]] * k.shape[0], kv=DenseKV(k.shape[0], k.shape[2]))
 
 
 def _check_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if k.shape[1] != v.shape[1] or k.shape[-2 if k.dim() == 4 else 0] != v.shape[-2 if v.dim() == 4 else 0]:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: must have the same heads and tokens")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: the last axis, dim, must be the same")
     if q.dim() == 4 and not q.shape[0] == k.shape[0] == v.shape[0]:
         raise ValueError(f"q, k and v have {q.shape[0]}, {k.shape[0]} and {v.shape[0]} batches: must be the same")

@@ -22,10 +22,11 @@ _library = torch.library.Library("flashloom", "DEF")
 _library.define(
     "attention_run(Tensor q, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, Tensor(a!) out, Tensor(b!)? lse, "
     "int plan, int variant, "
-    "bool views, bool partial, float? sm_scale=None) -> ()"
+    "bool views, bool partial, float? sm_scale=None, bool given=True, bool lse_given=True) -> ()"
 )
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, int variant, float? sm_scale, bool return_lse) -> (Tensor, Tensor)"
+    "attention(Tensor q, Tensor k, Tensor v, int variant, float? sm_scale, bool return_lse, bool named=False) -> "
+    "(Tensor, Tensor)"
 )
 
 
@@ -53,6 +54,7 @@ def run(
     """`Plan.run` while it is being traced."""
     heads = plan.attention.heads
     check.grad("q", q)
+    given = out is not None, lse is not None
     if out is None:
         out = like(q, heads.value_dim, plan.attention.spec.out_dtype)
     if lse is None and return_lse:
@@ -62,15 +64,17 @@ def run(
     else:
         views, parts = False, check.raw_kv(kv, plan.batch, heads)
     handle = 0 if variant is None else variant._handle
-    torch.ops.flashloom.attention_run(q, *parts, out, lse, plan.handle, handle, views, partial, sm_scale)
+    torch.ops.flashloom.attention_run(q, *parts, out, lse, plan.handle, handle, views, partial, sm_scale, *given)
     return (out, lse) if return_lse else out
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, variant: Variant, sm_scale: float | None, return_lse: bool) -> Any:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, variant: Variant, sm_scale: float | None, return_lse: bool, named: bool = False
+) -> Any:
     """`fl.attention` while it is being traced."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check.grad(name, x)
-    out, lse = torch.ops.flashloom.attention(q, k, v, variant._handle, sm_scale, return_lse)
+    out, lse = torch.ops.flashloom.attention(q, k, v, variant._handle, sm_scale, return_lse, named)
     return (out, lse) if return_lse else out
 
 
@@ -87,6 +91,8 @@ def _run(
     views: bool,
     partial: bool,
     sm_scale: float | None = None,
+    given: bool = True,
+    lse_given: bool = True,
 ) -> None:
     from flashloom.attention.attention import PLANS
 
@@ -98,20 +104,26 @@ def _run(
         )
     kv: Any = KV(k, v, k_scale, v_scale) if views else (k, v, k_scale, v_scale)
     other = _variant(variant) if variant else None
+    if q.dim() == 3:  # this function's caller made no result of its own, so it has just the batch's rows
+        if not given:
+            check.further_rows("out", q, found.batch)
+        if lse is not None and not lse_given:
+            check.further_rows("lse", q, found.batch)
     found.run(q, kv, out=out, lse=lse, partial=partial, variant=other, sm_scale=sm_scale)
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool, named: bool = False
 ) -> tuple[Tensor, Tensor]:
     from flashloom.attention.function import attention
 
-    result = attention(q, k, v, variant=_variant(variant), sm_scale=sm_scale, return_lse=return_lse)
+    layout = "BHTD" if named else None
+    result = attention(q, k, v, variant=_variant(variant), sm_scale=sm_scale, return_lse=return_lse, layout=layout)
     return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
 
 def _dense_fake(
-    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool, named: bool = False
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
     rows = q.transpose(1, 2) if q.dim() == 4 else q

@@ -22,8 +22,10 @@ def merge(
 
     out: [tokens, q_heads, value_dim] (or [batch, q_heads, tokens, value_dim]), lse: float32, natural logarithm, out's
     shape without its last dimension. Returns (out, lse) of both together, out in out_a's dtype. `variant` applies its
-    output_transform, once; leave it out while more parts follow. Without softmax partial results add, and lse is None.
-    Where both are -inf the result is 0 and -inf. Method: log-sum-exp weights (Milakov and Gimelshein 2018)."""
+    output_transform, once; leave it out while more parts follow. Parts of a variant with softmax = False add: give that
+    variant, and None for both lse. A part whose lse is -inf, or +inf as flash-attention marks it, saw no key: it has no
+    weight, and where both saw none the result is 0 and -inf. Method: log-sum-exp weights (Milakov and Gimelshein
+    2018)."""
     program = None if variant is None else variant.program
     softmax = True if program is None else program.softmax
     if program is not None and program.output is not None and not inputs_of(program.output) <= _MERGEABLE:
@@ -32,12 +34,10 @@ def merge(
             f"the variant's output_transform reads {others}, which merge does not know: apply it to the merged result "
             "yourself"
         )
-    if program is None and lse_a is None and lse_b is None:
-        softmax = False
     if (lse_a is None or lse_b is None) and softmax:
         raise ValueError(
-            "merge needs both lse: pass those that run(..., partial=True, return_lse=True) returned (None only without "
-            "softmax)"
+            "merge needs both lse to weigh the parts: pass those that run(..., partial=True, return_lse=True) returned "
+            "(parts of a variant with softmax = False add: pass variant= with None for both)"
         )
     if lse_a is not None and lse_b is not None and not softmax:
         raise ValueError("the variant has no softmax, so its parts have no lse: pass None for both")
@@ -49,9 +49,10 @@ def merge(
     else:
         assert lse_a is not None
         assert lse_b is not None
-        top = torch.maximum(lse_a, lse_b).to(dtype)
+        lse_a, lse_b = _known(lse_a.to(dtype)), _known(lse_b.to(dtype))
+        top = torch.maximum(lse_a, lse_b)
         safe = top.masked_fill(top == -torch.inf, 0)
-        weight_a, weight_b = torch.exp(lse_a.to(dtype) - safe), torch.exp(lse_b.to(dtype) - safe)
+        weight_a, weight_b = torch.exp(lse_a - safe), torch.exp(lse_b - safe)
         total = weight_a + weight_b
         # a part without keys has weight 0: its rows must not count, whatever they hold
         out = (a * (weight_a / total).unsqueeze(-1)).masked_fill(weight_a.unsqueeze(-1) == 0, 0)
@@ -64,6 +65,11 @@ def merge(
         out = out.masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
         lse = lse.to(torch.float32)
     return out.to(out_a.dtype), lse
+
+
+def _known(lse: torch.Tensor) -> torch.Tensor:
+    """lse with -inf for every part without keys, which flash-attention marks with +inf."""
+    return lse.masked_fill(lse == torch.inf, -torch.inf)
 
 
 def _transform(variant: Variant, out: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
@@ -112,9 +118,11 @@ def merge_many(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, to
     """Merge any number of partial results of the same queries over disjoint keys.
 
     outs: [tokens, parts, q_heads, value_dim]; lses: float32 [tokens, parts, q_heads], natural logarithm. Returns out
-    [tokens, q_heads, value_dim] in outs' dtype and lse [tokens, q_heads]; 0 and -inf where every part is -inf."""
+    [tokens, q_heads, value_dim] in outs' dtype and lse [tokens, q_heads]; 0 and -inf where every part is -inf or +inf
+    (saw no key)."""
     _check_parts(outs, lses, 4, "[tokens, parts, q_heads, value_dim]")
-    lse = torch.logsumexp(lses.to(torch.float32), 1) if lses.shape[1] else lses.new_full(_without(lses, 1), -torch.inf)
+    lses = _known(lses.to(torch.float32))
+    lse = torch.logsumexp(lses, 1) if lses.shape[1] else lses.new_full(_without(lses, 1), -torch.inf)
     weight = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0).unsqueeze(1))
     kept = outs.to(torch.float32).masked_fill(weight.unsqueeze(-1) == 0, 0)
     return torch.einsum("tph,tphd->thd", weight, kept).to(outs.dtype), lse
@@ -130,7 +138,7 @@ def merge_ragged(outs: torch.Tensor, lses: torch.Tensor, indptr: torch.Tensor) -
         raise ValueError(f"indptr is {indptr.dtype} {tuple(indptr.shape)}: give int32 or int64 [tokens + 1]")
     tokens, (rows, heads, width) = indptr.numel() - 1, outs.shape
     token = torch.searchsorted(indptr, torch.arange(rows, dtype=indptr.dtype, device=outs.device), right=True) - 1
-    lses = lses.to(torch.float32)
+    lses = _known(lses.to(torch.float32))
     top = lses.new_full((tokens, heads), -torch.inf)
     top = top.scatter_reduce(0, token.unsqueeze(1).expand(rows, heads), lses, "amax")
     safe = top.masked_fill(top == -torch.inf, 0)

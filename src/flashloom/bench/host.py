@@ -56,7 +56,7 @@ def overhead_rows(rounds: int) -> list[Row]:
     alone.run(q, kv, out=out)
     kernel = alone._executor  # which keeps the arguments of its only run
     calls = {
-        "the kernel alone, one request of 16 tokens": lambda: kernel._run(kernel._address),  # type: ignore[attr-defined]
+        "the kernel alone, one request of 16 tokens": lambda: kernel._run(kernel._address),
         "run(out=), the same": lambda: small.run(q, kv, out=out),
         "run(out=, lse=), the same": lambda: small.run(q, kv, out=out, lse=lse, return_lse=True),
         "run, the same, new output": lambda: small.run(q, kv),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
@@ -38,14 +38,35 @@ class KV:
         self.layout = layout  # the memory order, for information: the views already have the logical one
         self.signature = signature(k, v, k_scale, v_scale)
 
+    def __repr__(self) -> str:
+        k, v = self.k, self.v
+        scales = "" if self.k_scale is None and self.v_scale is None else ", scaled"
+        dtype = str(k.dtype).removeprefix("torch.")
+        return f"KV(k {list(k.shape)}, v {list(v.shape)}, {dtype}, {self.layout}, {k.device}{scales})"
+
+    def __getitem__(self, index: object) -> NoReturn:
+        raise TypeError("a layer of a cache is not indexed: its keys and values are .k and .v [pages, page_size, ...]")
+
+    __iter__ = __len__ = None  # it is no pair of keys and values either
+
 
 def signature(k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> tuple:
     """Everything about KV tensors that decides whether a plan accepts them; equal signatures are accepted alike."""
-    grad = k.requires_grad or v.requires_grad
+    grad = k.requires_grad or v.requires_grad or k.is_neg() or v.is_neg()
     form = (k.shape, v.shape, k.dtype, v.dtype, k.device, v.device, k.stride(-1), v.stride(-1), grad)
     if k_scale is None and v_scale is None:
         return form
     return (*form, *(None if s is None else (s.shape, s.dtype, s.device, s.data_ptr()) for s in (k_scale, v_scale)))
+
+
+def place(device: torch.device | str) -> torch.device:
+    """A device with its index, so that comparisons are exact. Raises ValueError for one that torch cannot reach."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        have = "cpu and cuda" if torch.cuda.is_available() else "the cpu alone"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={str(device)!r} is not to be had here, torch reaches {have} ({reason})") from None
 
 
 def check_layout(layout: object) -> str:
@@ -127,7 +148,7 @@ class PagedKVCache:
                 f"dtype={dtype}: a cache holds one of {', '.join(str(d).removeprefix('torch.') for d in KV_DTYPES)}"
             )
         self.heads, self.dtype = heads, dtype
-        self.device = torch.empty(0, device=device).device  # with an index, so that comparisons are exact
+        self.device = place(torch.get_default_device() if device is None else device)
         self._keys = self._storage(heads.dim)
         self._values = self._keys[..., : heads.value_dim] if heads.latent_value else self._storage(heads.value_dim)
         self.k_scale = make_scale("k_scale", k_scale, pages, heads.kv_heads, self.device)
@@ -142,12 +163,23 @@ class PagedKVCache:
         shape = [self.layers, self.pages, self.page_size, self.heads.kv_heads, width]
         if self.layout == "HND":
             shape[2], shape[3] = shape[3], shape[2]
-        storage = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        try:
+            storage = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            kinds = 1 if self.heads.latent_value else 2
+            raise MemoryError(
+                f"{self.layers} layers of {self.pages} pages of {self.page_size} tokens take "
+                f"{math.prod(shape) * self.dtype.itemsize * kinds / 2**30:,.1f} GiB of keys and values, which "
+                f"{self.device} has no room for: take fewer pages ({str(error).partition(chr(10))[0]})"
+            ) from None
         return storage.transpose(2, 3) if self.layout == "HND" else storage
 
     def __getitem__(self, layer: int) -> KV:
         """Layer `layer`'s keys and values; raises IndexError beyond the last layer."""
-        return self._kv[layer]
+        try:
+            return self._kv[layer]
+        except IndexError:
+            raise IndexError(f"cache[{layer}]: the cache has {self.layers} layers, numbered from 0") from None
 
     def __len__(self) -> int:
         return self.layers

@@ -44,6 +44,13 @@ class KVLayout:
         """Pages that the lengths need; host only."""
         return int(((self.kv_lens.numpy().astype(np.int64) + (self.page_size - 1)) // self.page_size).sum())
 
+    def __repr__(self) -> str:
+        tokens = f", {int(self.kv_lens.sum())} tokens" if self.host else ""
+        return f"{type(self).__name__}({self.requests} requests{tokens}{self._form()}, on {self.device})"
+
+    def _form(self) -> str:
+        return f", {self.pages.numel()} entries, page_size={self.page_size}"
+
     def check_pages(self, limit: int) -> None:
         """Raise ValueError unless every page number in use is below `limit`; host only."""
         pages = self.pages.numpy()
@@ -211,6 +218,9 @@ class RaggedKV(KVLayout):
         else:
             self.page_indptr = torch.arange(self.requests + 1, dtype=torch.int32, device=self.device)
 
+    def _form(self) -> str:
+        return ""
+
     def check_pages(self, limit: int) -> None:
         if self.kv_indptr[-1] > limit:
             raise ValueError(
@@ -226,9 +236,11 @@ class DenseKV(KVLayout):
     row = 1
 
     def __init__(self, requests: int, tokens: int, lens: Integers | None = None, *, rows: Integers | None = None):
-        self.page_size = positive("DenseKV tokens", tokens)
-        if isinstance(requests, bool) or not isinstance(requests, int) or requests < 0:
-            raise ValueError(f"DenseKV requests={requests!r}: must be an int of at least 0")
+        for name, value in (("requests", requests), ("tokens", tokens)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+                raise ValueError(f"DenseKV {name}={value!r}: must be an int of at least 0")
+        requests, self.tokens = int(requests), int(tokens)
+        self.page_size = max(self.tokens, 1)
         if lens is None:
             lens = torch.from_numpy(np.full(requests, tokens, dtype=np.int32))
         self.kv_lens = lengths("DenseKV lens", lens)
@@ -249,7 +261,15 @@ class DenseKV(KVLayout):
         if self.host:
             self._check()
 
+    def _form(self) -> str:
+        return f" of rows of {self.tokens}"
+
     def _check(self) -> None:
         lens, rows = self.kv_lens.numpy(), self.pages.numpy()
-        if lens.size and (lens.max() > self.page_size or rows.min() < 0):  # one row each: no more can be wrong
-            super()._check()
+        if lens.size and lens.max() > self.tokens:
+            raise ValueError(
+                f"DenseKV lens[{int(lens.argmax())}] = {lens.max()}, but a row has {self.tokens} tokens: a "
+                "length is at most tokens="
+            )
+        if lens.size and rows.min() < 0:
+            raise ValueError(f"DenseKV rows[{int(rows.argmin())}] = {rows.min()}: rows are numbered from 0")

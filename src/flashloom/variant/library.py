@@ -45,10 +45,21 @@ class RightWindow(Variant):
         return at.kv_pos <= at.q_pos + self.right
 
 
-def sliding_window(left: int | None, right: int | None = None) -> Variant:
+_NOTHING: Any = object()
+
+
+def sliding_window(left: int | None = _NOTHING, right: int | None = None, *, tokens: int | None = None) -> Variant:
     """Keep keys with kv_pos >= q_pos - left and, if right is given, kv_pos <= q_pos + right (tokens; Beltagy et al.
-    2020). A model's window of W tokens, the query's own included, is left = W - 1. None leaves that side open. Raises
-    ValueError for a negative width."""
+    2020). None leaves that side open. A model's window of W tokens, the query's own included, is `tokens=W`, which is
+    left = W - 1. Raises ValueError for a negative width, or for tokens below 1 or beside left."""
+    if tokens is not None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"sliding_window(tokens={tokens!r}): a window holds 1 token or more, the query's own")
+        if left is not _NOTHING:
+            raise ValueError(f"sliding_window(left={left!r}, tokens={tokens}): give one of them; left is tokens - 1")
+        left = tokens - 1
+    elif left is _NOTHING:
+        raise TypeError("sliding_window() needs a width: left= (tokens before the query's own) or tokens= (left + 1)")
     for name, width in (("left", left), ("right", right)):
         if width is not None and (isinstance(width, bool) or not isinstance(width, Integral) or width < 0):
             raise ValueError(
@@ -231,45 +242,112 @@ def prefix_lm(prefix_lens: torch.Tensor) -> Variant:
 class DenseMask(Variant):
     mask: torch.Tensor
     constant_rank: ClassVar[int]
+    _sized = ("mask",)
 
     def logits_mask(self, at):
         row = at.q_pos - (at.kv_len - at.q_len)
         leading = {2: (), 3: (at.batch,), 4: (at.batch, at.q_head)}[self.constant_rank]
         return self.mask[(*leading, row, at.kv_pos)]
 
+    def _check_batch(self, batch, heads):
+        shape = tuple(self.mask.shape)
+        want = ((batch.requests, "requests"), (heads.q_heads, "query heads"))[: self.constant_rank - 2]
+        for axis, (size, name) in enumerate(want):
+            if shape[axis] not in (1, size):
+                raise ValueError(
+                    f"custom_mask has shape {list(shape)}, {shape[axis]} {name}, but there are {size}: a mask is "
+                    f"{_MASK_FORMS}, with {size} {name} or 1 for all"
+                )
+        if batch.longest is not None and batch.longest != shape[-2:]:
+            q, kv = batch.longest
+            raise ValueError(
+                f"custom_mask has shape {list(shape)}, {shape[-2]} queries and {shape[-1]} keys, but the longest "
+                f"request has {q} and {kv}: a mask is {_MASK_FORMS} of just these sizes; cut a larger one with "
+                f"mask[..., :{q}, :{kv}], which copies nothing"
+            )
+
+
+_MASK_FORMS = "[q, kv], [requests, q, kv] or [requests, q_heads, q, kv]"
+
 
 class RaggedMask(Variant):
     mask: torch.Tensor
     indptr: PerRequest
+    _sized = ("mask",)
 
     def logits_mask(self, at):
         row = at.q_pos - (at.kv_len - at.q_len)
         return self.mask[torch.clamp(self.indptr[at.batch] + row * at.kv_len, 0, 2**62) + at.kv_pos]
 
+    def _check_batch(self, batch, heads):
+        _check_segments("custom_mask", "elements", self, self.mask.numel(), batch, 1)
+
 
 class PackedMask(Variant):
     bits: Bits
     indptr: PerRequest
+    _sized = ("bits",)
 
     def logits_mask(self, at):
         row = at.q_pos - (at.kv_len - at.q_len)
         start = self.indptr[at.batch].to(torch.int64) * 8 + row * at.kv_len
         return self.bits[torch.clamp(start, 0, 2**62) + at.kv_pos]
 
+    def _check_batch(self, batch, heads):
+        _check_segments("packed_mask", "bytes", self, self.bits.numel(), batch, 8)
+
+
+def _check_segments(name: str, unit: str, mask: Any, have: int, batch: Any, each: int) -> None:
+    """A flat mask against a batch: each request's segment by its offsets where the host may read them, else their
+    sum."""
+    if not batch.host:
+        return
+    q_lens, kv_lens = batch.q_indptr.diff().to(torch.int64), batch.kv_lens.to(torch.int64)
+    need = (q_lens * kv_lens + (each - 1)) // each
+    starts, ends = mask.indptr, mask.__dict__["_ends"]
+    if starts.device.type != "cpu":
+        if have < int(need.sum()):
+            raise ValueError(
+                f"{name} has {have} {unit} but the batch needs {int(need.sum())}: give q_len * kv_len "
+                f"{'bits, rounded up to bytes,' if each > 1 else 'elements'} for each request"
+            )
+        return
+    listed = (ends - starts)[: need.numel()].to(torch.int64)
+    wrong = listed != need[: listed.numel()]
+    if bool(wrong.any()):
+        at = int(wrong.to(torch.uint8).argmax())
+        raise ValueError(
+            f"{name}: request {at} has {int(listed[at])} {unit} by indptr, but {int(q_lens[at])} queries of "
+            f"{int(kv_lens[at])} keys need {int(need[at])}: give each request's [q_len, kv_len] mask in row-major order"
+        )
+    end = int(ends[: listed.numel()].max()) if listed.numel() else 0
+    if have < end:
+        raise ValueError(f"{name} has {have} {unit} but indptr ends at {end}: give all of them")
+
 
 def _starts(indptr: torch.Tensor | Sequence[int]) -> torch.Tensor:
     indptr = torch.as_tensor(indptr)
     if indptr.dim() != 1 or indptr.numel() < 1 or indptr.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indptr is {indptr.dtype} {tuple(indptr.shape)}: give int32 or int64 [requests + 1]")
-    return indptr[:-1]
+    return indptr
+
+
+def _flat(kind: type[Variant], indptr: torch.Tensor | Sequence[int], **field: torch.Tensor) -> Variant:
+    offsets = _starts(indptr)
+    made = kind(indptr=offsets[:-1], **field)
+    made.__dict__["_ends"] = offsets[1:]
+    return made
 
 
 def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Variant:
-    """An arbitrary bool mask, True keeps. Row i is query token i of the step.
+    """An arbitrary bool mask, True keeps. Row i is query token i of the step, column j the key at position j.
 
-    `mask` is [q_len, kv_len], [requests, q_len, kv_len] or [requests, q_heads, q_len, kv_len] (a dimension may be
-    broadcast with expand). With `indptr` [requests + 1] it is flat: request b's [q_len, kv_len] mask in row-major order
-    begins at indptr[b].
+    `mask` is [q, kv], [requests, q, kv] or [requests, q_heads, q, kv], where q and kv are the query tokens and keys of
+    the longest request (shorter ones use the upper left part) and a leading size of 1 stands for all. With `indptr`
+    [requests + 1] it is flat: request b's [q_len, kv_len] mask in row-major order lies at indptr[b]:indptr[b + 1].
+    Where the host knows the batch's lengths, planning, `update` and `run(variant=)` raise ValueError for any other
+    size: cut a larger mask with mask[..., :q, :kv]. Lengths on a device are not read, and the mask's q and kv then not
+    compared.
     """
     if mask.dtype != torch.bool:
         raise TypeError(
@@ -277,7 +355,7 @@ def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Varia
             "logits_transform"
         )
     if indptr is not None:
-        return RaggedMask(mask=mask, indptr=_starts(indptr))
+        return _flat(RaggedMask, indptr, mask=mask)
     if mask.dim() not in (2, 3, 4):
         raise ValueError(
             f"custom_mask has shape {tuple(mask.shape)}: give [q, kv], [requests, q, kv], [requests, q_heads, q, "
@@ -292,9 +370,10 @@ def _mask_class(rank: int) -> type[Variant]:
 
 
 def packed_mask(bits: torch.Tensor, indptr: torch.Tensor) -> Variant:
-    """A bool mask packed 8 to a byte, little bit order, uint8. Request b's [q_len, kv_len] mask in row-major order
-    begins at byte indptr[b]."""
-    return PackedMask(bits=bits, indptr=_starts(indptr))
+    """A bool mask packed 8 to a byte, little bit order, uint8. Request b's [q_len, kv_len] mask in row-major order lies
+    at bytes indptr[b]:indptr[b + 1], the last byte filled up. Sizes are compared with the batch as those of
+    `custom_mask` are."""
+    return _flat(PackedMask, indptr, bits=bits)
 
 
 class LengthTemperature(Variant):

@@ -57,6 +57,7 @@ class Variant:
         _handle: int
     softmax: ClassVar[bool] = True
     _kinds: ClassVar[dict[str, str]] = {}
+    _sized: ClassVar[tuple[str, ...]] = ()  # fields whose sizes `_check_batch` knows better than their indices do
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -160,6 +161,9 @@ class Variant:
 
     def _parts(self) -> list[Variant]:
         return [self]
+
+    def _check_batch(self, batch: Any, heads: Any) -> None:
+        """Raise ValueError where the fields in `_sized` do not fit a batch, as far as the host knows its sizes."""
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
         for name in self._kinds:

@@ -1,0 +1,185 @@
+"""Sizes that a variant's tensors need for a batch: what its hooks index with positions, requests and heads, as they are
+or by steps that only rise, reaches an entry that is known before anything runs.
+
+Kernels clamp every index, so that what masked-out pairs read is harmless. A tensor that ends before the positions of
+the batch do is no such case: its last entry would stand for all further ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flashloom.dataclass import dataclass
+from flashloom.variant.expr import INT32, INT64, Expr, Program, topological
+
+if TYPE_CHECKING:
+    from flashloom.attention.batch import Batch
+    from flashloom.attention.shape import HeadShape
+    from flashloom.variant.variant import Variant
+
+__all__ = ["Read", "Sizes", "reads"]
+
+_OF_BATCH = {
+    "kv_pos": ("at.kv_pos", "keys in a request"),
+    "q_pos": ("at.q_pos", "keys in a request"),
+    "row": ("the query's number in the step", "query tokens in a request"),
+    "batch": ("at.batch", "requests"),
+}
+_OF_HEADS = {"q_head": ("at.q_head", "query heads"), "kv_head": ("at.kv_head", "kv heads")}
+_WORDS = {**_OF_BATCH, **_OF_HEADS}
+_RISING = ("min", "max", "floordiv")
+
+
+@dataclass(frozen=True)
+class Read:
+    """One axis of a field that a hook indexes with `steps` of `source`, a name of `_WORDS`."""
+
+    param: int
+    axis: int
+    source: str
+    steps: tuple[tuple[str, int], ...]
+
+    def last(self, largest: int) -> int:
+        """The largest index, for the largest value of the source."""
+        for step, by in self.steps:
+            if step == "mul":
+                largest *= by
+            elif step == "add":
+                largest += by
+            elif step == "floordiv":
+                largest //= by
+            else:
+                largest = min(largest, by) if step == "min" else max(largest, by)
+        return largest
+
+
+def reads(program: Program, but: frozenset[str] = frozenset()) -> tuple[Read, ...]:
+    """Those of the program's tensors of any rank and of its packed bits, without the fields named in `but`."""
+    if not any(p.kind in ("tensor", "bits") and p.rank for p in program.params):
+        return ()
+    hooks = (program.query, program.key, program.logits, program.mask, program.output)
+    place = {param: i for i, param in enumerate(program.params)}
+    found: dict[Read, None] = {}
+    for node in topological(*(e for e in hooks if e is not None)):
+        param = node.attr
+        if node.op == "load" and param.kind in ("tensor", "bits") and param.name not in but:
+            for axis, index in enumerate(node.args):
+                rising = _rising(index)
+                if rising is not None:
+                    found[Read(place[param], axis, *rising)] = None
+    return tuple(found)
+
+
+def _rising(e: Expr) -> tuple[str, tuple[tuple[str, int], ...]] | None:
+    """An index as rising steps of one source, each of whose values occurs; None for any other."""
+    terms, constant = _linear(e)
+    if terms.get("q_pos") and terms.get("kv_len") == -terms["q_pos"] and terms.get("q_len") == terms["q_pos"]:
+        terms = {"row": terms["q_pos"], **{k: v for k, v in terms.items() if k not in ("q_pos", "kv_len", "q_len")}}
+    if len(terms) != 1:
+        return None
+    ((source, factor),) = terms.items()
+    if factor < 1:
+        return None
+    if isinstance(source, str):
+        if source not in _WORDS:
+            return None
+        before: tuple[str, tuple[tuple[str, int], ...]] = (source, ())
+    else:
+        inner = _rising(source.args[0]) if isinstance(source, _Step) else None
+        if inner is None:
+            return None
+        before = inner[0], (*inner[1], (source.op, source.args[1].attr))
+    steps = before[1]
+    if factor != 1:
+        steps = (*steps, ("mul", factor))
+    return before[0], (*steps, ("add", constant)) if constant else steps
+
+
+def _linear(e: Expr) -> tuple[dict[Any, int], int]:
+    """(factors of inputs and of steps that are not linear, a constant) that sum up to an integer expression; anything
+    else is a term by itself."""
+    if e.op == "const":
+        return {}, int(e.attr)
+    if e.op == "input":
+        return {e.attr: 1}, 0
+    if e.op == "cast" and e.args[0].dtype in (INT32, INT64):
+        return _linear(e.args[0])
+    if e.op in ("add", "sub"):
+        (a, x), (b, y) = map(_linear, e.args)
+        sign = 1 if e.op == "add" else -1
+        total = dict(a)
+        for term, factor in b.items():
+            total[term] = total.get(term, 0) + sign * factor
+        return {term: factor for term, factor in total.items() if factor}, x + sign * y
+    if e.op == "neg":
+        terms, constant = _linear(e.args[0])
+        return {term: -factor for term, factor in terms.items()}, -constant
+    if e.op == "mul":
+        for one, by in (e.args, e.args[::-1]):
+            if by.op == "const":
+                terms, constant = _linear(one)
+                return {term: factor * by.attr for term, factor in terms.items() if by.attr}, constant * by.attr
+    if e.op in _RISING:
+        for one, by in (e.args, e.args[::-1]) if e.op != "floordiv" else (e.args,):
+            if by.op == "const" and (e.op != "floordiv" or by.attr > 0):
+                return {_Step(e.op, (one, by)): 1}, 0
+    return {e: 1}, 0
+
+
+@dataclass(frozen=True)
+class _Step:
+    op: str
+    args: tuple[Expr, Expr]
+
+
+class Sizes:
+    """What the sizes of a variant's tensors are held against."""
+
+    def __init__(self, variant: Variant):
+        parts, many = variant._parts(), len(variant._parts()) > 1
+        known = {f"{i}.{name}" if many else name for i, part in enumerate(parts) for name in part._sized}
+        self._program = variant.program
+        found = reads(self._program, frozenset(known))
+        self._heads = tuple(read for read in found if read.source in _OF_HEADS)
+        self._batch = tuple(read for read in found if read.source in _OF_BATCH)
+        self._parts = any(part._sized for part in parts)
+        #: Whether a batch matters at all.
+        self.of_batch = bool(self._batch or self._parts)
+
+    def check_heads(self, values: tuple[Any, ...], heads: HeadShape) -> None:
+        """Raise ValueError where the heads leave a tensor."""
+        if self._heads:
+            largest = {"q_head": heads.q_heads, "kv_head": heads.kv_heads}
+            self._check(self._heads, values, largest, "the attention has")
+
+    def check_batch(self, variant: Variant, values: tuple[Any, ...], heads: HeadShape, batch: Batch) -> None:
+        """Raise ValueError where a batch leaves a tensor, as far as the host knows its sizes."""
+        if not self.of_batch or not batch.requests:
+            return
+        if self._batch:
+            largest = {"batch": batch.requests}
+            if batch.longest is not None:
+                largest["row"], largest["kv_pos"] = batch.longest
+                largest["q_pos"] = largest["kv_pos"]
+            self._check(self._batch, values, largest, "the batch has")
+        if self._parts:
+            for part in variant._parts():
+                part._check_batch(batch, heads)
+
+    def _check(self, found: tuple[Read, ...], values: tuple[Any, ...], largest: dict[str, int], whose: str) -> None:
+        for read in found:
+            size, value = largest.get(read.source), values[read.param]
+            if not size or not isinstance(value, torch.Tensor):
+                continue
+            param = self._program.params[read.param]
+            have = value.numel() * 8 if param.kind == "bits" else value.shape[read.axis]
+            last = read.last(size - 1)
+            if last >= have:
+                index, what = _WORDS[read.source]
+                shape = f"{have} bits" if param.kind == "bits" else f"shape {list(value.shape)}"
+                raise ValueError(
+                    f"the variant's {param.name.rpartition('.')[2]} has {shape} but {whose} {size} {what}, and axis "
+                    f"{read.axis} is indexed with {index}{' by steps,' if read.steps else ','} up to {last}: give an "
+                    "entry for each, or clamp the index where the last entry stands for all further ones"
+                )
