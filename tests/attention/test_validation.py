@@ -292,7 +292,7 @@ MAKE = {
     "dense attention type": (lambda: fl.attention(Q, K, None), TypeError, "v is NoneType"),
     "dense attention heads": (lambda: fl.attention(Q, K[:, :1], V), ValueError, "same heads and tokens"),
     "dense attention group": (lambda: fl.attention(Q[:, :3], K, V), ValueError, "multiple"),
-    "dense attention dim": (lambda: fl.attention(Q[..., :8], K, V), ValueError, r"\(9, 4, 8\).*\(11, 2, 16\).*dim"),
+    "dense attention dim": (lambda: fl.attention(Q[..., :8], K, V), ValueError, r"\(4, 4, 8\).*\(11, 2, 16\).*dim"),
     "dense attention batches": (
         lambda: fl.attention(torch.zeros(2, 4, 1, 16), torch.zeros(3, 2, 5, 16), torch.zeros(3, 2, 5, 16)),
         ValueError,

@@ -12,7 +12,17 @@ import torch
 
 from flashloom import settings
 from flashloom.dataclass import dataclass
-from flashloom.kv_cache.integers import INT32_MAX, Integers, cumulative, lengths, offsets, on_host, positive, to_int32
+from flashloom.kv_cache.integers import (
+    INT32_MAX,
+    Integers,
+    cumulative,
+    integer,
+    lengths,
+    offsets,
+    on_host,
+    positive,
+    to_int32,
+)
 from flashloom.kv_cache.pages import DenseKV, KVLayout
 
 
@@ -80,10 +90,8 @@ class Reserve:
     def __post_init__(self) -> None:
         for name in ("requests", "tokens", "pages"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"Reserve {name}={value!r} is not an int: give a Python int or None")
-            if value is not None and value < 0:
-                raise ValueError(f"Reserve {name}={value}: must not be negative")
+            if value is not None:
+                object.__setattr__(self, name, integer(f"Reserve {name}", value, 0))
 
     def fixed(self, batch: Batch) -> Reserve:
         """This reserve, with the batch's sizes where it leaves one open."""
@@ -141,7 +149,7 @@ class Batch:
                 f"the batch has {starts.numel() - 1} query lengths but kv describes {kv.requests} requests: give one "
                 "length per request"
             )
-        bound = None if max_q_len is None else _bound("max_q_len", max_q_len)
+        bound = None if max_q_len is None else integer("max_q_len", max_q_len, 0, INT32_MAX)
         if on_host(starts):
             q = starts.numpy()
             longest = int((q[1:] - q[:-1]).max()) if q.size > 1 else 0
@@ -162,7 +170,7 @@ class Batch:
                     "the query lengths are on a device, where they are not read: pass max_q_len=, an upper bound of "
                     "them"
                 )
-            self._set(kv, starts, bound, None if tokens is None else _bound("tokens", tokens))
+            self._set(kv, starts, bound, None if tokens is None else integer("tokens", tokens, 0, INT32_MAX))
         if isinstance(kv, BlockSparseKV):
             if not self.host:
                 raise ValueError("BlockSparseKV takes its lengths on the host: pass q_lens as a list or a CPU tensor")
@@ -300,11 +308,3 @@ def _moved(kv: KVLayout, device: torch.device) -> KVLayout:
     new = object.__new__(type(kv))
     new.__dict__.update({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kv.__dict__.items()})
     return new
-
-
-def _bound(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not an int: give a Python int")
-    if not 0 <= value <= INT32_MAX:
-        raise ValueError(f"{name}={value}: must be from 0 to 2**31 - 1")
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flashloom.dataclass import dataclass
+from flashloom.kv_cache.integers import integer
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,7 @@ class HeadShape:
             object.__setattr__(self, "value_dim", self.dim)
         for name in ("q_heads", "kv_heads", "dim", "value_dim"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"HeadShape {name}={value!r} is not an int: give a Python int")
-            if value < 1:
-                raise ValueError(f"HeadShape {name}={value}: must be at least 1")
+            object.__setattr__(self, name, integer(f"HeadShape {name}", value, 1))
         if self.q_heads % self.kv_heads:
             raise ValueError(
                 f"HeadShape q_heads={self.q_heads}, kv_heads={self.kv_heads}: every kv head serves the same number of "
@@ -47,10 +45,7 @@ class HeadShape:
         rope` wide and whose value is the first `latent` elements of the key. The model's `sm_scale` comes from its
         unabsorbed head width: pass it to Attention."""
         for name, value in (("latent", latent), ("rope", rope)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"HeadShape.mla {name}={value!r} is not an int: give a Python int")
-            if value < (name == "latent"):
-                raise ValueError(f"HeadShape.mla {name}={value}: must be at least {int(name == 'latent')}")
+            integer(f"HeadShape.mla {name}", value, int(name == "latent"))
         return cls(q_heads, 1, latent + rope, latent, latent_value=True)
 
     @property

@@ -105,10 +105,15 @@ def cumulative(lens: torch.Tensor) -> torch.Tensor:
     return result_d
 
 
-def positive(name: str, value: object) -> int:
-    """A Python int of at least 1 (a page size, a block size)."""
+def integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """A Python int of at least `least` (and at most `most`), from that or from one of numpy's."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}={value!r} is not an int: give a Python int")
-    if value < 1:
-        raise ValueError(f"{name}={value}: must be at least 1")
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}={value}: must be at least {least}" + ("" if most is None else f" and at most {most}"))
     return int(value)
+
+
+def positive(name: str, value: object) -> int:
+    """An int of at least 1 (a page size, a block size)."""
+    return integer(name, value, 1)

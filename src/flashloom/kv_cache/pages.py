@@ -9,7 +9,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from flashloom.kv_cache.integers import Integers, cumulative, lengths, offsets, on_host, positive, to_int32
+from flashloom.kv_cache.integers import (
+    Integers,
+    cumulative,
+    integer,
+    lengths,
+    offsets,
+    on_host,
+    positive,
+    to_int32,
+)
 
 
 class KVLayout:
@@ -236,10 +245,7 @@ class DenseKV(KVLayout):
     row = 1
 
     def __init__(self, requests: int, tokens: int, lens: Integers | None = None, *, rows: Integers | None = None):
-        for name, value in (("requests", requests), ("tokens", tokens)):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-                raise ValueError(f"DenseKV {name}={value!r}: must be an int of at least 0")
-        requests, self.tokens = int(requests), int(tokens)
+        requests, self.tokens = integer("DenseKV requests", requests, 0), integer("DenseKV tokens", tokens, 0)
         self.page_size = max(self.tokens, 1)
         if lens is None:
             lens = torch.from_numpy(np.full(requests, tokens, dtype=np.int32))
