@@ -1,4 +1,4 @@
-"""`fl.attention` as people type it: layouts, causal=, out=, what other libraries call their arguments, nothing to do."""
+"""`fl.attention` as people type it: layouts, causal=, out=, other libraries' arguments, and nothing to do."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_fourth_argument_by_place():
 
 def test_layouts_have_two_names():
     q = torch.randn(1, 3, 2, 8)
-    with pytest.raises(ValueError, match="layout='NHD'.*BHTD.*BTHD"):
+    with pytest.raises(ValueError, match=r"layout='NHD'.*BHTD.*BTHD"):
         fl.attention(q, q, q, layout="NHD")
     with pytest.raises(ValueError, match="layout='BTHD' is for 4-D"):
         fl.attention(q[0], q[0], q[0], layout="BTHD")
