@@ -56,11 +56,15 @@ def only(name: str | None) -> Iterator[None]:
         _only.reset(token)
 
 
+def _check_place(device: torch.device) -> None:
+    if device.type not in ATTENTION:
+        raise ValueError(f"device {device}: flashloom computes on {' and '.join(ATTENTION)}; move the tensors there")
+
+
 def choose(spec: AttentionSpec, device: torch.device) -> Iterable[tuple[type[Executor], str | None]]:
     """The executors for this device in order of preference, each with the reason why it cannot serve the spec, or
     None. One is imported when it is reached."""
-    if device.type not in ATTENTION:
-        raise ValueError(f"device {device}: flashloom computes on {' and '.join(ATTENTION)}; move the tensors there")
+    _check_place(device)
     chosen = _only.get()
     for executor in map(_find, ATTENTION[device.type]):
         wanted = chosen is None or executor.name == chosen
@@ -98,6 +102,7 @@ def plan(
     """The executor that a tuning record names, or the first that serves the spec, planned for the batch, and the
     refusals of those before it as (name, reason). A record whose kernel is not to be had counts as none, with a
     warning."""
+    _check_place(device)
     asked = _find("flashloom.attention.recorded:Asked")(spec, device, reserve)
     named = asked(batch)
     try:

@@ -283,7 +283,7 @@ def test_tensors_that_cannot_be_read_are_refused_in_words():
     fl.attention(q, q, q)
     for i in range(3):
         given = [negative if j == i else q for j in range(3)]
-        with pytest.raises(ValueError, match=rf"{'qkv'[i]} is a negative view.*resolve_neg"):
+        with pytest.raises(TypeError, match=rf"{'qkv'[i]} is a view that negates.*resolve_neg"):
             fl.attention(*given)
         fl.attention(*(x.resolve_neg() for x in given))
 

@@ -309,11 +309,14 @@ def test_flat_masks_have_a_segment_of_just_the_size_for_each_request(packed):
         at = rng.randrange(len(parts))
         for wrong in (parts[at][:-1], torch.cat([parts[at], parts[at][:1]])):
             other = [*parts[:at], wrong, *parts[at + 1 :]]
+            if not sum(map(len, other)):
+                continue  # a mask without an element is another mistake
             offsets = torch.tensor([0, *(len(x) for x in other)]).cumsum(0)
             with pytest.raises(ValueError, match=f"request {at} has {len(wrong)} .* need {len(parts[at])}"):
                 run_masked(make(torch.cat(other), offsets), q, k, v, q_lens, kv_lens)
-        with pytest.raises(ValueError, match=f"indptr ends at {int(ends[-1])}"):
-            run_masked(make(torch.cat(parts)[:-1], ends), q, k, v, q_lens, kv_lens)
+        if int(ends[-1]) > 1:
+            with pytest.raises(ValueError, match=f"indptr ends at {int(ends[-1])}"):
+                run_masked(make(torch.cat(parts)[:-1], ends), q, k, v, q_lens, kv_lens)
 
 
 def test_a_mask_among_other_parts_is_checked_too():

@@ -59,8 +59,6 @@ def tensor(name: str, x: object, form: str, want: torch.dtype, device: torch.dev
         )
     plain(name, x)
     grad(name, x)
-    if x.is_neg():
-        raise ValueError(f"{name} is a negative view of other memory (as .imag of a conjugate is): use .resolve_neg()")
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} has inner stride {x.stride(-1)}: elements of a row must lie side by side (stride 1); use "
@@ -207,7 +205,7 @@ def fields(program: Program, values: tuple[Any, ...], heads: HeadShape, device: 
     sizes = {"head": ("q_heads", heads.q_heads), "kv_head": ("kv_heads", heads.kv_heads)}
     for param, value in zip(program.params, values, strict=True):
         if isinstance(value, torch.Tensor):
-            own = f"the variant's {param.name.rpartition('.')[2]}"
+            own = f"the variant's {param.name}"
             if device is not None and value.device != device:
                 raise ValueError(
                     f"{own} is on {value.device} but the plan is for {device}: move it with .to({str(device)!r})"
@@ -231,15 +229,16 @@ def batch_fields(program: Program, values: tuple[Any, ...], batch: Batch) -> Non
     for param, value in zip(program.params, values, strict=True):
         if attends and isinstance(value, torch.Tensor) and value.numel() == 0:
             raise ValueError(
-                f"the variant's {param.name} has shape {tuple(value.shape)}, without an element, but the batch has "
-                f"{batch.tokens} query tokens that read it: give one with elements, or a variant that does not read it"
+                f"the variant's {param.name} has shape {tuple(value.shape)}, without an element, "
+                f"but the batch has {batch.tokens} query tokens that read it: give one with elements, or a variant "
+                "that does not read it"
             )
         if param.kind in sizes and isinstance(value, torch.Tensor):
             name, size = sizes[param.kind]
             size = batch.kv_tokens if param.kind == "key" else size
             if size is not None and value.shape[0] < size:
                 raise ValueError(
-                    f"the variant's {param.name.rpartition('.')[2]} has {value.shape[0]} entries but the batch has "
+                    f"the variant's {param.name} has {value.shape[0]} entries but the batch has "
                     f"{size} {name}: give one for each"
                 )
 

@@ -6,6 +6,7 @@ the batch do is no such case: its last entry would stand for all further ones.""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +55,8 @@ class Read:
         return largest
 
 
-def reads(program: Program, but: frozenset[str] = frozenset()) -> tuple[Read, ...]:
-    """Those of the program's tensors of any rank and of its packed bits, without the fields named in `but`."""
+def reads(program: Program, but: Collection[int] = ()) -> tuple[Read, ...]:
+    """Those of the program's tensors of any rank and of its packed bits, without the params at the places `but`."""
     if not any(p.kind in ("tensor", "bits") and p.rank for p in program.params):
         return ()
     hooks = (program.query, program.key, program.logits, program.mask, program.output)
@@ -63,7 +64,7 @@ def reads(program: Program, but: frozenset[str] = frozenset()) -> tuple[Read, ..
     found: dict[Read, None] = {}
     for node in topological(*(e for e in hooks if e is not None)):
         param = node.attr
-        if node.op == "load" and param.kind in ("tensor", "bits") and param.name not in but:
+        if node.op == "load" and param.kind in ("tensor", "bits") and place[param] not in but:
             for axis, index in enumerate(node.args):
                 rising = _rising(index)
                 if rising is not None:
@@ -137,10 +138,10 @@ class Sizes:
     """What the sizes of a variant's tensors are held against."""
 
     def __init__(self, variant: Variant):
-        parts, many = variant._parts(), len(variant._parts()) > 1
-        known = {f"{i}.{name}" if many else name for i, part in enumerate(parts) for name in part._sized}
+        parts = variant._parts()
+        known = [getattr(part, name) for part in parts for name in part._sized]
         self._program = variant.program
-        found = reads(self._program, frozenset(known))
+        found = reads(self._program, {i for i, x in enumerate(variant.values) if any(x is one for one in known)})
         self._heads = tuple(read for read in found if read.source in _OF_HEADS)
         self._batch = tuple(read for read in found if read.source in _OF_BATCH)
         self._parts = any(part._sized for part in parts)
@@ -179,7 +180,7 @@ class Sizes:
                 index, what = _WORDS[read.source]
                 shape = f"{have} bits" if param.kind == "bits" else f"shape {list(value.shape)}"
                 raise ValueError(
-                    f"the variant's {param.name.rpartition('.')[2]} has {shape} but {whose} {size} {what}, and axis "
+                    f"the variant's {param.name} has {shape} but {whose} {size} {what}, and axis "
                     f"{read.axis} is indexed with {index}{' by steps,' if read.steps else ','} up to {last}: give an "
                     "entry for each, or clamp the index where the last entry stands for all further ones"
                 )
