@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from flashloom.errors import FlashloomError
+
 #: The device that symbols say they are on.
 NOWHERE = torch.device("meta")
 
