@@ -156,8 +156,8 @@ class Sizes:
 
     def check_batch(self, variant: Variant, values: tuple[Any, ...], heads: HeadShape, batch: Batch) -> None:
         """Raise ValueError where a batch leaves a tensor, as far as the host knows its sizes."""
-        if not self.of_batch or not batch.requests:
-            return
+        if not self.of_batch or not batch.requests or (batch.longest is not None and not all(batch.longest)):
+            return  # nothing is read
         if self._batch:
             largest = {"batch": batch.requests}
             if batch.longest is not None:
@@ -171,8 +171,8 @@ class Sizes:
     def _check(self, found: tuple[Read, ...], values: tuple[Any, ...], largest: dict[str, int], whose: str) -> None:
         for read in found:
             size, value = largest.get(read.source), values[read.param]
-            if not size or not isinstance(value, torch.Tensor):
-                continue
+            if not size or not isinstance(value, torch.Tensor) or not value.numel():
+                continue  # one without an element is refused by the batches that read it
             param = self._program.params[read.param]
             have = value.numel() * 8 if param.kind == "bits" else value.shape[read.axis]
             last = read.last(size - 1)
