@@ -193,7 +193,7 @@ def _attend_rows(
             logits = torch.where(kept, logits, -torch.inf)
         lse = torch.logsumexp(logits, -1).T  # [n, q_heads]
         weights = torch.exp(logits - torch.where(lse == -torch.inf, 0, lse).T.unsqueeze(-1))
-    out = torch.einsum("hnl,lhd->nhd", weights, v.repeat_interleave(group, 1))
+    out = _weighted_sum(weights, v.repeat_interleave(group, 1), kept)
     if program.output is not None and not partial:
         dims = {
             "dim": _row(out.shape[-1], q),
@@ -205,6 +205,25 @@ def _attend_rows(
     if program.softmax:
         out = torch.where((lse == -torch.inf).unsqueeze(-1), 0, out)
     return out, lse
+
+
+def _weighted_sum(weights: torch.Tensor, v: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """weights [q_heads, n, kv_len] times v [kv_len, q_heads, value_dim], where a row meets no value of a key that is
+    not kept: 0 times NaN would be NaN."""
+    fine = v.isfinite()
+    if kept is None or fine.all():
+        return torch.einsum("hnl,lhd->nhd", weights, v)
+    odd = (~fine).flatten(1).any(1).nonzero().flatten()
+    out, w, x = torch.einsum("hnl,lhd->nhd", weights, torch.where(fine, v, 0)), weights[..., odd], v[odd]
+    seen = kept.expand_as(weights)[..., odd]
+
+    def meet(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("hnl,lhd->nhd", (seen & rows).to(v.dtype), values.to(v.dtype)) > 0
+
+    up, down = x == torch.inf, x == -torch.inf
+    out = torch.where(meet(w > 0, up) | meet(w < 0, down), out + torch.inf, out)
+    out = torch.where(meet(w > 0, down) | meet(w < 0, up), out - torch.inf, out)
+    return torch.where(meet(w == 0, up | down) | meet(seen, x.isnan()), torch.nan, out)
 
 
 def _vector_hook(program: Program, hook: str, x: torch.Tensor, values: tuple[Any, ...], inputs: dict) -> torch.Tensor:

@@ -393,17 +393,24 @@ template <class C, class V> struct AmxKernel {
     for (int i = 0; i < STEP; i++) to[i] = own && t + i < it.kv_hi ? to[i] * scale : scale;
   }
 
-  // 16 rows of the output, 32 dims: to their places as bfloat16, or (null) as floats to scratch.
-  FL_OUTLINE void turn(const char* from, vf factor, int d, int count, uint16_t* const* to) {
+  // 16 rows of the output, 32 dims: to their places as bfloat16, or (null) as floats to scratch. Answers what cannot be
+  // compared where a row holds a NaN.
+  FL_OUTLINE vf turn(const char* from, vf factor, int d, int count, uint16_t* const* to) {
     vi x[32];
+    vf odd{};
 #pragma GCC unroll 1
-    for (int i = 0; i < 32; i++) x[i] = (vi)(loadu((const float*)(from + i * 64)) * factor);
+    for (int i = 0; i < 32; i++) {
+      const vf y = loadu((const float*)(from + i * 64)) * factor;
+      x[i] = (vi)y;
+      if constexpr (V::has_mask) odd += y * 0.f;  // an infinity too, which costs time alone
+    }
     transpose16(x), transpose16(x + 16);
 #pragma GCC unroll 1
     for (int i = 0; i < count; i++) {
       if (to) *(vw_u*)(to[i] + d * 32) = join_bf16((vf)x[i], (vf)x[16 + i]);
       else storeu(w.rows[i] + d * 32, (vf)x[i]), storeu(w.rows[i] + d * 32 + 16, (vf)x[16 + i]);
     }
+    return odd;
   }
   // 16 rows of a tile are done. Plain ones are divided, rounded and stored as vectors; the others go through Finish.
   FL_OUTLINE void give_half(const char* o, const Sums& sums, int half, int32_t first) {
@@ -421,8 +428,18 @@ template <class C, class V> struct AmxKernel {
       if (V::softmax && a.lse) a.lse[r.batch * a.lse_request + row * a.lse_token + q_head * a.lse_head] = lse[i];
       if (++head == G) head = 0, token++;
     }
-    for (int d = 0; d < DV; d++) turn(o + d * 4 * TILE + half * 2 * TILE, factor, d, count, plain ? to : nullptr);
+    vf odd{};
+    for (int d = 0; d < DV; d++) odd += turn(o + d * 4 * TILE + half * 2 * TILE, factor, d, count, plain ? to : nullptr);
+    if constexpr (V::has_mask)
+      if (plain && __builtin_expect(any(odd != odd), 0)) give_exactly(odd, first, count);
     for (int i = 0; !plain && i < count; i++) End::give(a, p, r, it, kv_head, first + i, w.rows[i], m[i], sum[i]);
+  }
+  FL_COLD void give_exactly(vf odd, int32_t first, int32_t count) {
+    for (int i = 0; i < count; i++) {
+      if (odd[i] == odd[i]) continue;
+      for (int d = 0; d < DV * 32; d++) w.rows[i][d] = odd[i];
+      End::row(a, p, r, kv_head, first + i, w.rows[i], odd[i], odd[i]);
+    }
   }
   FL_OUTLINE void give(int tile) {
     const Sums& sums = sums_of(tile);

@@ -1,6 +1,6 @@
 // The end of a row: normalise, output_transform, store; and the merge of the pieces of a row that was split over keys.
 #pragma once
-#include "args.h"
+#include "exact.h"
 
 namespace flashloom {
 
@@ -9,23 +9,32 @@ template <class C, class V> struct Finish {
   static constexpr int DV = C::VALUE_DIM, DVP = round_up(DV, VL < 8 ? 8 : VL);
   static constexpr int PARTIAL = DVP + VL;  // floats of a row's partial result: o, maximum (log2), sum
 
+  // Divides o [DVP] by the sum of the weights; answers the lse.
+  static FL_INLINE float normalise(bool empty, float* o, float m, float l) {
+    if (!empty && !V::softmax) return -__builtin_inff();
+    const float scale = empty ? 0.f : 1.f / l;
+    for (int d = 0; d < DVP; d += VL) storeu(o + d, empty ? vf{} : loadu(o + d) * scale);
+    return empty ? -__builtin_inff() : (m + log2(l)) * LN2;
+  }
+  static FL_INLINE bool is_empty(const Request& r, float l) {
+    return r.kv_len == 0 || (V::softmax && l == 0.f);  // not by m, which a NaN leaves at -inf
+  }
+
   // o [DVP] is the weighted sum of the values; m the maximum in log2 units, l the sum of the weights.
   static FL_OUTLINE void row(const Args& a, const Params& p, const Request& r, int32_t kv_head, int32_t row, float* o,
                             float m, float l) {
     int32_t token = row / C::GROUP, q_head = kv_head * C::GROUP + row % C::GROUP;
-    float lse = -__builtin_inff();
-    bool empty = r.kv_len == 0 || (V::softmax && l == 0.f);  // not by m, which a NaN leaves at -inf
-    if (empty) {
-      for (int d = 0; d < DVP; d += VL) storeu(o + d, vf{});
-    } else {
-      if constexpr (V::softmax) {
-        lse = (m + log2(l)) * LN2;
-        float scale = 1.f / l;
-        for (int d = 0; d < DVP; d += VL) storeu(o + d, loadu(o + d) * scale);
+    float lse = normalise(is_empty(r, l), o, m, l);
+    if constexpr (V::has_mask) {
+      vi bad{};
+      for (int d = 0; d < DVP; d += VL) bad |= loadu(o + d) != loadu(o + d);
+      if (__builtin_expect(any(bad), 0)) {
+        Exact<C, V>::row(a, p, r, kv_head, row, o, m, l);
+        lse = normalise(is_empty(r, l), o, m, l);
       }
-      if constexpr (V::has_output)
-        if (!a.partial) V::transform_output(o, lse, r.at(kv_head, q_head, token), p);
     }
+    if constexpr (V::has_output)
+      if (!a.partial && !is_empty(r, l)) V::transform_output(o, lse, r.at(kv_head, q_head, token), p);
     int64_t at = r.q_start + token;
     store_row(a, r.batch * a.out_request + at * a.out_token + q_head * a.out_head, o, DV);
     if (V::softmax && a.lse) a.lse[r.batch * a.lse_request + at * a.lse_token + q_head * a.lse_head] = lse;
