@@ -77,6 +77,10 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         # the import system has put the other name's spec on the module, which stays flashloom's
         module.__spec__, module.__loader__ = self._kept
+        if self._ours == OURS:
+            # under both names at once: loading a submodule later would put it in the place of a function of its name
+            for name in [name for name in sys.modules if name.startswith(f"{OURS}.")]:
+                sys.modules.setdefault(NAME + name.removeprefix(OURS), sys.modules[name])
 
 
 def install() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -19,13 +20,28 @@ def main() -> None:
         raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
     install()
     if arguments[0] == "-m":
-        sys.argv = arguments[1:]
+        name, sys.argv = arguments[1], arguments[1:]
         sys.path.insert(0, str(Path.cwd()))
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        if not _found(name):
+            raise SystemExit(f"no module {name!r} on the path: give one that `python -m {name}` would run")
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
-        sys.argv = arguments
-        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        script, sys.argv = Path(arguments[0]), arguments
+        if not (script.is_file() or (script.is_dir() and (script / "__main__.py").is_file())):
+            what = "is a folder without __main__.py" if script.is_dir() else "does not exist"
+            raise SystemExit(f"{script} {what}: give the path of a Python program, or -m and a module's name")
+        sys.path.insert(0, str(script.resolve().parent))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _found(module: str) -> bool:
+    """Whether a module is there to be run; packages above it are imported, and what those raise is raised."""
+    try:
+        return not module.startswith(".") and importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            return False
+        raise
 
 
 if __name__ == "__main__":

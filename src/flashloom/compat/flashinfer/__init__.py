@@ -1,13 +1,15 @@
 """FlashInfer's names on flashloom: a translation, without kernels of its own.
 
-`flashloom.compat.install()` serves this package as `flashinfer`. Names that are not served yet raise
-NotImplementedError when they are used; docs/compat.md lists both."""
+`flashloom.compat.install()` serves this package as `flashinfer`. Names that are not served raise NotImplementedError,
+with what to use instead, when they are called; docs/compat.md lists what is."""
 
 from __future__ import annotations
 
 from flashloom.compat.flashinfer import (
     _later,
+    api_logging,
     attention,
+    autotune_cache,
     autotuner,
     cascade,
     decode,
@@ -24,6 +26,7 @@ from flashloom.compat.flashinfer import (
     xqa as _xqa,  # noqa: F401
 )
 from flashloom.compat.flashinfer.attention import BatchAttention, BatchAttentionWithAttentionSinkWrapper
+from flashloom.compat.flashinfer.autotune_cache import MeasurementPolicy, autotune_v2, autotune_v2_reload
 from flashloom.compat.flashinfer.autotuner import autotune
 from flashloom.compat.flashinfer.cascade import (
     BatchDecodeWithSharedPrefixPagedKVCacheWrapper,
@@ -59,11 +62,12 @@ __all__ = [
     "BatchDecodeWithSharedPrefixPagedKVCacheWrapper", "BatchPODWithPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper", "BatchPrefillWithRaggedKVCacheWrapper",
     "BatchPrefillWithSharedPrefixPagedKVCacheWrapper", "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
-    "MultiLevelCascadeAttentionWrapper", "PODWithPagedKVCacheWrapper", "__git_commit__", "__git_version__",
-    "__version__", "append_paged_kv_cache", "attention", "autotune", "autotuner", "cascade", "decode",
-    "fast_decode_plan", "get_batch_indices_positions", "get_seq_lens", "jit", "merge_state", "merge_state_in_place",
-    "merge_states", "next_positive_power_of_2", "packbits", "page", "pod", "prefill", "quantization",
-    "segment_packbits", "set_memory_pool_size", "single_decode_with_kv_cache", "single_prefill_with_kv_cache",
+    "MeasurementPolicy", "MultiLevelCascadeAttentionWrapper", "PODWithPagedKVCacheWrapper", "__git_commit__",
+    "__git_version__", "__version__", "api_logging", "append_paged_kv_cache", "attention", "autotune",
+    "autotune_cache", "autotune_v2", "autotune_v2_reload", "autotuner", "cascade", "decode", "fast_decode_plan",
+    "get_batch_indices_positions", "get_seq_lens", "jit", "merge_state", "merge_state_in_place", "merge_states",
+    "next_positive_power_of_2", "packbits", "page", "pod", "prefill", "quantization", "segment_packbits",
+    "set_memory_pool_size", "single_decode_with_kv_cache", "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse", "triton", "trtllm_batch_decode_with_kv_cache", "utils", "version",
     "xqa", "xqa_batch_decode_with_kv_cache",
 ]  # fmt: skip
@@ -78,4 +82,4 @@ def set_memory_pool_size(size: int) -> None:
 
 
 _later.publish()
-__getattr__ = _later.top
+__getattr__ = _later.names(__name__)

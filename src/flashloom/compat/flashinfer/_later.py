@@ -1,146 +1,240 @@
-"""Names of FlashInfer that flashloom does not serve yet: they can be imported, and say so when they are used."""
+"""Names of FlashInfer that flashloom does not serve: they can be imported, and say what to use instead when they are
+called. `_names.txt` lists the public ones, as `flashloom.compat.conformance.names` writes it."""
 
 from __future__ import annotations
 
+import ast
+import functools
+import re
 import sys
 from collections.abc import Callable
+from enum import Enum, IntEnum
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 PACKAGE = __name__.rpartition(".")[0]
 
-#: Module -> names there that come later. Modules without a file of their own are made from this table alone.
-TABLE = {
-    "activation": "gelu_and_mul gelu_tanh_and_mul silu_and_mul silu_and_mul_scaled_nvfp4_experts_quantize",
-    "autotuner": "AutoTuner ConstraintSpec DynamicTensorSpec TunableRunner TuningConfig get_autotune_process_group "
-    "set_autotune_process_group",
-    "cascade": "",
-    "comm": "AllReduceFusionPattern Mapping TorchDistBackend allreduce_fusion create_allreduce_fusion_workspace "
-    "trtllm_allreduce_fusion trtllm_create_ipc_workspace_for_all_reduce_fusion",
+#: Names of earlier versions, and of places where engines look: module -> names, as in the table.
+EARLIER = {
+    "": "Mapping TorchDistBackend BatchDecodeMlaWithPagedKVCacheWrapper allreduce_fusion "
+    "create_allreduce_fusion_workspace trtllm_allreduce_fusion trtllm_create_ipc_workspace_for_all_reduce_fusion "
+    "concat_mla_k cudnn_batch_prefill_with_kv_cache single_decode_with_kv_cache_with_jit_module "
+    "trtllm_batch_decode_with_kv_cache_mla xqa_batch_decode_with_kv_cache_mla fused_topk_deepseek "
+    "interleave_moe_scales_for_sm90_mixed_gemm interleave_moe_weights_for_sm90_mixed_gemm "
+    "gated_delta_rule_decode_pretranspose batch_deepgemm_fp8_nt_groupwise fp8_blockscale_gemm_sm90 "
+    "gemm_fp8_nt_blockscaled gemm_fp8_nt_groupwise group_deepgemm_fp8_nt_groupwise group_gemm_fp8_nt_groupwise "
+    "tinygemm_bf16 selective_state_update single_prefill_with_kv_cache_with_jit_module "
+    "trtllm_batch_context_with_kv_cache trtllm_fmha_v2_prefill trtllm_ragged_attention_deepseek nvfp4_e4m3_max "
+    "mla_rope_quantize_fp8 rope_quantize_fp8 rope_quantize_fp8_append_paged_kv_cache top_k_varlen xqa_mla",
+    "comm": "TorchDistBackend",
     "comm.mnnvl": "CommBackend McastGPUBuffer MnnvlConfig TorchDistBackend is_mnnvl_fabric_supported "
     "is_multicast_supported",
-    "concat_ops": "concat_mla_k",
-    "cudnn": "cudnn_batch_decode_with_kv_cache cudnn_batch_prefill_with_kv_cache",
     "decode": "BatchDecodeMlaWithPagedKVCacheWrapper cudnn_batch_decode_with_kv_cache "
-    "single_decode_with_kv_cache_with_jit_module "
     "trtllm_batch_decode_with_kv_cache_mla xqa_batch_decode_with_kv_cache_mla",
-    "fp4_quantization": "block_scale_interleave e2m1_and_ufp8sf_scale_to_float fp4_quantize mxfp4_dequantize "
-    "mxfp4_dequantize_host mxfp4_quantize nvfp4_batched_quantize nvfp4_block_scale_interleave nvfp4_kv_dequantize "
-    "nvfp4_kv_dequantize_paged nvfp4_kv_quantize nvfp4_quantize nvfp4_quantize_paged_kv_cache "
-    "scaled_fp4_grouped_quantize shuffle_matrix_a shuffle_matrix_sf_a silu_and_mul_nvfp4_quantize",
-    "fp8_quantization": "mxfp8_dequantize_host mxfp8_grouped_quantize mxfp8_quantize",
-    "fused_moe": "RoutingMethodType cutlass_fused_moe fused_topk_deepseek interleave_moe_scales_for_sm90_mixed_gemm "
-    "interleave_moe_weights_for_sm90_mixed_gemm reorder_rows_for_gated_act_gemm trtllm_bf16_moe "
-    "trtllm_bf16_routed_moe trtllm_fp4_block_scale_moe trtllm_fp4_block_scale_routed_moe trtllm_fp8_block_scale_moe "
-    "trtllm_fp8_block_scale_routed_moe trtllm_fp8_per_tensor_scale_moe trtllm_fp8_per_tensor_scale_routed_moe",
-    "gdn_decode": "gated_delta_rule_decode_pretranspose",
-    "gdn_prefill": "chunk_gated_delta_rule",
-    "gemm": "SegmentGEMMWrapper batch_deepgemm_fp8_nt_groupwise bmm_bf16 bmm_fp8 bmm_mxfp8 fp8_blockscale_gemm_sm90 "
-    "gemm_fp8_nt_blockscaled gemm_fp8_nt_groupwise group_deepgemm_fp8_nt_groupwise group_gemm_fp8_nt_groupwise mm_bf16 "
-    "mm_bf16_fp4 mm_fp4 mm_fp8 mm_mxfp8 prepare_bf16_fp4_weights tgv_gemm_sm100 tinygemm_bf16",
-    "grouped_mm": "grouped_mm_bf16 grouped_mm_fp4 grouped_mm_fp8 grouped_mm_mxfp8",
     "jit.attention": "gen_batch_mla_module gen_customize_batch_decode_module gen_customize_batch_prefill_module "
     "gen_customize_single_decode_module gen_customize_single_prefill_module",
-    "kda": "RecurrentKDAPrefillWrapper recurrent_kda",
-    "mamba": "selective_state_update",
-    "mla": "BatchMLAPagedAttentionWrapper trtllm_batch_decode_with_kv_cache_mla",
-    "norm": "fused_add_rmsnorm fused_add_rmsnorm_quant fused_qk_rmsnorm_rope fused_rmsnorm_silu "
-    "gemma_fused_add_rmsnorm gemma_rmsnorm layernorm layernorm_quant rmsnorm rmsnorm_quant",
-    "page": "append_paged_mla_kv_cache nvfp4_quantize_append_paged_kv_cache "
-    "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
-    "prefill": "single_prefill_with_kv_cache_with_jit_module trtllm_batch_context_with_kv_cache trtllm_fmha_v2_prefill "
-    "trtllm_ragged_attention_deepseek trtllm_sage_attention_quantize",
-    "quantization.fp4_quantization": "block_scale_interleave e2m1_and_ufp8sf_scale_to_float fp4_quantize "
-    "mxfp4_dequantize mxfp4_quantize nvfp4_kv_dequantize nvfp4_kv_quantize nvfp4_quantize",
-    "quantization.fp8_quantization": "mxfp8_dequantize_host mxfp8_grouped_quantize mxfp8_quantize",
-    "quantization.nvfp4_quantization_utils": "NVFP44Over6Config NVFP44Over6ErrMode nvfp4_e4m3_max",
-    "rope": "apply_llama31_rope apply_llama31_rope_inplace apply_llama31_rope_pos_ids "
-    "apply_llama31_rope_pos_ids_inplace apply_rope apply_rope_inplace apply_rope_pos_ids apply_rope_pos_ids_inplace "
-    "apply_rope_with_cos_sin_cache apply_rope_with_cos_sin_cache_inplace mla_rope_quantize_fp8 rope_quantize_fp8 "
-    "rope_quantize_fp8_append_paged_kv_cache",
-    "sampling": "chain_speculative_sampling min_p_sampling_from_probs sampling_from_logits sampling_from_probs softmax "
-    "top_k_mask_logits top_k_renorm_probs top_k_sampling_from_probs top_k_top_p_sampling_from_logits "
-    "top_k_top_p_sampling_from_probs top_p_renorm_probs top_p_sampling_from_probs",
-    "sparse": "BlockSparseAttentionWrapper VariableBlockSparseAttentionWrapper",
-    "testing": "attention_flops bench_gpu_time",
-    "tllm_enums": "ActivationType RoutingMethodType SfLayout is_gated_activation",
-    "topk": "TopKTieBreak top_k top_k_page_table_transform top_k_ragged_transform",
     "topk_varlen": "top_k_varlen",
     "utils": "FP4Tensor backend_requirement get_shuffle_matrix_a_row_indices "
     "get_trtllm_gen_multi_ctas_kv_counter_bytes supported_compute_capability",
-    "xqa": "xqa_mla",
 }
-#: Modules that only make their names known here, not at the top of the package.
-_BELOW = {"autotuner", "comm.mnnvl", "jit.attention", "testing", "utils"}
+#: Modules that hold the names of another one.
+SAME = {
+    "fp4_quantization": "quantization.fp4_quantization",
+    "fp8_quantization": "quantization.fp8_quantization",
+    "cake_causal_conv1d_train": "cake_causal_conv1d_det_train",
+}
+#: What engines take for a promise when it is there, at the top of the package.
+ABSENT = {"gdn_fused_decode_step", "gdn_fused_decode_step_supported"}
+
+_PAGED = "BatchPrefillWithPagedKVCacheWrapper or BatchDecodeWithPagedKVCacheWrapper"
+#: What to use instead: the first pattern that is found in "module.name".
+ADVICE = tuple(
+    (re.compile(pattern), sentence)
+    for pattern, sentence in (
+        (r"jit_module|customize", "write the variant as a flashloom.Variant (docs/tutorial.md)"),
+        (r"jit\.|get_\w*_module|precompile|compilation", "plan() builds kernels; flashloom.Pack builds them ahead"),
+        (r"SinkWrapper", "give sinks= to BatchDecodeWithPagedKVCacheWrapper.run()"),
+        (r"BidirectionalRanges", "give BatchPrefillWithPagedKVCacheWrapper.plan() a custom_mask="),
+        (r"mqa_|MQA|indexer|proxy_score|hca|[Ll]ogits_schedule|block_table_width|padded_seq_len",
+         "score with torch.einsum and choose keys with torch.topk"),
+        (r"append\w*mla|mla\w*append|concat_mla|mla_kv_pack",
+         "use flashloom.append on a cache of flashloom.HeadShape.mla"),
+        (r"MLA|Mla|(\b|_)mla", "use flashloom.Attention(flashloom.HeadShape.mla(...), dtype=...) and its plans"),
+        (r"(?i)fp4|mxfp8|mxint|csf", "FP4 and MX formats are not served: keep keys and values in float8_e4m3fn or "
+         "int8, which append_paged_kv_cache and every wrapper take, and weights in torch's dtypes"),
+        (r"(?i)append", "rotate or normalise with torch, then use append_paged_kv_cache"),
+        (r"(?i)sparse|vsa|msa_|qsa|sdsa|dsa_|token_select", "use flashloom.BlockSparseKV, or a flashloom.Variant with "
+         "a mask of its own"),
+        (r"cascade|[Ss]haredPrefix", "use MultiLevelCascadeAttentionWrapper"),
+        (r"ragged_attention", "use BatchPrefillWithRaggedKVCacheWrapper, with head_dim_qk and head_dim_vo"),
+        (r"(?i)sampling|sample|logits_processor|speculative|top_?[kp]|min_?p|softmax|lm_head",
+         "use torch.softmax, torch.topk and torch.multinomial"),
+        (r"(?i)moe|routing|router|expert|megatron|swiglu_oai|mega_", "compute experts with torch: torch.topk for "
+         "routes and one torch.nn.functional.linear per expert, or transformers' experts"),
+        (r"comm\.|(?i:all_?reduce|all_?gather|alltoall|a2a|ulysses|ipc|mnnvl|dcp|fabric|\bMapping|Dist)",
+         "use torch.distributed's collectives between calls"),
+        (r"(?i)gdn|gated_delta|delta_rule|delta_product|gdp|kda|mamba|ssu|ssm|state|conv1d|linear_attention|mhc",
+         "recurrent layers are not attention: use the model's torch layers, such as those of transformers"),
+        (r"(?i)gemm|grouped_mm|(\b|_)mm_|bmm|low_latency|lora|svdquant|shuffle_matrix|interleave",
+         "use torch.matmul or torch.nn.functional.linear"),
+        (r"(?i)norm(?!aliz)", "use torch.nn.functional.rms_norm or layer_norm"),
+        (r"(?i)rope", "rotate with torch before attention, or let it rotate: pos_encoding_mode='ROPE_LLAMA', "
+         "flashloom.rope"),
+        (r"(?i)and_mul|activation|gated_act", "use torch.nn.functional.silu or gelu and a product"),
+        (r"(?i)quantiz|dequant|e4m3|fp8", "use torch's .to(torch.float8_e4m3fn); a cache quantises in "
+         "append_paged_kv_cache and flashloom.append"),
+        (r"(?i)tun|autotune|MeasurementPolicy|Replay|tactic", "use flashloom.tune, or `flashloom tune`"),
+        (r"(?i)testing|bench|flops|bytes_per|profil", "use `flashloom bench` or torch.utils.benchmark"),
+        (r"(?i)trace|logging|log", "use flashloom.monitor() to watch runs"),
+        (r"green_ctx", "use torch.cuda.Stream; flashloom's plans follow the current one"),
+        (r"(?i)batch_invariant", "use flashloom.Attention(..., batch_invariant=True), or disable_split_kv=True"),
+        (r"(?i)parallel", "use torch.distributed, and flashloom.merge for parts of the keys"),
+        (r"(?i)context|prefill|fmha|attention|decode|xqa", f"use {_PAGED}"),
+    )
+)  # fmt: skip
+ELSE = "compute it with torch's own operators"
+
+
+@functools.cache
+def _lines() -> dict[str, str]:
+    """Module -> its names as text."""
+    text = (Path(__file__).parent / "_names.txt").read_text().replace("\n  ", " ")
+    parts = (line.partition(": ") for line in text.splitlines())
+    found = {"" if module == "." else module: names for module, _, names in parts}
+    found.update({module: f"{found.get(module, '')} {names}" for module, names in EARLIER.items()})
+    return {**found, **{module: found[other] for module, other in SAME.items()}}
+
+
+def modules() -> list[str]:
+    """Modules with names in the table, and the packages above them."""
+    parts = [name.split(".") for name in _lines() if name]
+    return sorted({".".join(x[: i + 1]) for x in parts for i in range(len(x))})
+
+
+@functools.cache
+def names_of(module: str) -> dict[str, str]:
+    """Name -> what the table says behind it, of a module below the package ("" is the package itself)."""
+    found = {}
+    for entry in _lines().get(module, "").split():
+        name = re.match(r"\w+", entry)
+        assert name is not None, entry
+        if module or name[0] not in ABSENT:
+            found[name[0]] = entry[name.end() :]
+    return found
+
+
+def advice(module: str, name: str) -> str:
+    """What to use instead of a name."""
+    full = f"{module}.{name}"
+    return next((sentence for pattern, sentence in ADVICE if pattern.search(full)), ELSE)
+
+
+def _refuse(module: str, name: str) -> NotImplementedError:
+    full = ".".join(filter(None, ("flashinfer", module, name)))
+    return NotImplementedError(f"{full} is not served by flashloom: {advice(module, name)}")
 
 
 class _Refusing(type):
-    """A class that comes later: its attributes can be looked up, as decorators of programs do, and its calls refuse."""
+    """A class that is not served: its attributes can be looked up, as decorators of programs do, and its calls
+    refuse."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
-        return _function(f"{cls.__module__}.{cls.__name__}.{name}")
+        return _function(cls.__module__, f"{cls.__name__}.{name}")
 
 
-def _refuse(name: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"{name.replace(PACKAGE, 'flashinfer')} is not served by flashloom yet: it is one of the names that come later"
-    )
+def _below(module: str) -> str:
+    return module.removeprefix(PACKAGE).lstrip(".")
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _function(module: str, name: str) -> Callable[..., Any]:
     def later(*args: Any, **options: Any) -> Any:
-        raise _refuse(name)
+        raise _refuse(_below(module), name)
 
-    later.__module__, _, later.__name__ = name.rpartition(".")
-    later.__qualname__ = later.__name__
-    later.__doc__ = f"{name.replace(PACKAGE, 'flashinfer')}: not served yet, raises NotImplementedError."
+    later.__module__, later.__name__, later.__qualname__ = module, name.rpartition(".")[2], name
+    later.__doc__ = f"Not served: {advice(_below(module), name)}. Raises NotImplementedError."
     return later
 
 
-def make(module: str, name: str) -> Any:
-    """What stands for a name until it is served: a class where FlashInfer has one."""
-    full = f"{module}.{name}"
-    if not name[0].isupper():
-        return _function(full)
+def make(module: str, name: str, kind: str) -> Any:
+    """What stands for a name: a constant or an enumeration as FlashInfer has it, else what refuses to be called."""
+    if kind.startswith("="):
+        return ast.literal_eval(kind[1:])
+    if kind.startswith("{"):
+        members = dict(member.split("=") for member in kind[1:-1].split(","))
+        numbers = all(re.fullmatch(r"-?\d+", value) for value in members.values())
+        made: Any = (
+            IntEnum(name, {key: int(value) for key, value in members.items()}, module=module)
+            if numbers
+            else Enum(name, members, module=module, type=str)
+        )
+        return made
+    doc = f"Not served: {advice(_below(module), name)}."
+    if kind == "!":
+        return type(name, (Exception,), {"__module__": module, "__doc__": "Never raised by flashloom."})
+    if name[0].isupper() == (kind == "()"):
+        return _function(module, name)
 
     def __new__(cls: type, *args: Any, **options: Any) -> Any:
-        raise _refuse(full)
+        raise _refuse(_below(module), name)
 
-    return _Refusing(name, (), {"__new__": __new__, "__module__": module, "__doc__": f"{name}: not served yet."})
+    return _Refusing(name, (), {"__new__": __new__, "__module__": module, "__doc__": doc})
 
 
 def names(module: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module: its names of the table, made when they are first looked up."""
-    known = set(TABLE.get(module.removeprefix(PACKAGE).lstrip("."), "").split())
+    """The `__getattr__` of a module: its names of the table, made when they are first looked up. What the package
+    serves under such a name is served there too."""
+    below = _below(module)
 
     def __getattr__(name: str) -> Any:
+        known = names_of(below)
         if name not in known:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        made = make(module, name)
-        setattr(sys.modules[module], name, made)
-        return made
+        package = sys.modules[PACKAGE]
+        found = getattr(package, name) if name in package.__all__ else None
+        if found is None or isinstance(found, ModuleType):
+            found = _same(below, name, known[name]) or make(module, name, known[name])
+        setattr(sys.modules[module], name, found)
+        return found
 
     return __getattr__
 
 
-def top(name: str) -> Any:
-    """A name at the top of the package, from the module it lives in. Raises AttributeError for what is none."""
-    for module, text in TABLE.items():
-        if module not in _BELOW and name in text.split():
-            return getattr(sys.modules[f"{PACKAGE}.{module}"], name)
-    raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+def _same(module: str, name: str, kind: str) -> Any:
+    """An enumeration is one class wherever its name is."""
+    if not kind.startswith("{"):
+        return None
+    home = next(m for m in sorted(_lines(), key=lambda m: (-m.count("."), m)) if names_of(m).get(name) == kind)
+    return None if home == module else getattr(sys.modules[f"{PACKAGE}.{home}".rstrip(".")], name)
+
+
+class _Module(ModuleType):
+    """A module without a file: its names are made when they are looked up."""
+
+    @property
+    def __path__(self) -> list[str]:  # type: ignore[override]
+        return []
+
+    @property
+    def __spec__(self) -> ModuleSpec:  # type: ignore[override]
+        return ModuleSpec(self.__name__, None, is_package=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return names(self.__name__)(name)
+
+    def __dir__(self) -> list[str]:
+        return sorted(names_of(_below(self.__name__)))
 
 
 def publish() -> None:
     """Put the modules that have no file into the package, above the names that they hold."""
-    for name in TABLE:
+    for name in modules():
         full = f"{PACKAGE}.{name}"
         if full not in sys.modules:
-            module = ModuleType(full, f"flashinfer.{name}: not served yet; every name raises NotImplementedError.")
-            module.__path__ = []
-            module.__getattr__ = names(full)  # type: ignore[method-assign]
-            sys.modules[full] = module
-            parent, _, last = full.rpartition(".")
-            setattr(sys.modules[parent], last, module)
+            module = sys.modules[full] = _Module(full, "Not served: its names say what to use instead.")
+            parent, _, last = name.rpartition(".")
+            if last not in names_of(parent):  # a function of the module's name is what the package offers
+                setattr(sys.modules[f"{PACKAGE}.{parent}".rstrip(".")], last, module)

@@ -128,4 +128,4 @@ def _single(
 
 for _name, _call in (("append", _append), ("run", _run), ("tables", _tables), ("single", _single)):
     _library.impl(_name, _call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flashloom_compat::{_name}", lambda *args: None, lib=_library)
+    _library.impl(_name, lambda *args: None, "Meta")
