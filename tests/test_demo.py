@@ -2,15 +2,20 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 
 import flashloom as fl
-from flashloom.demo import minilm, pictures
+from flashloom.bench.report import Row
+from flashloom.bench.timing import Timing
+from flashloom.demo import minilm, pictures, run
 from flashloom.demo.decoder import Decoder, Shape, generate_with_sdpa
-from flashloom.demo.run import Demo
+from flashloom.demo.run import Demo, Outcome
 from flashloom.demo.sentences import QUERIES, TOPICS
 from flashloom.demo.serving import Engine, Request, latencies
 
@@ -101,3 +106,50 @@ def test_weights_are_those_of_the_definition():
     rows, columns = torch.arange(16)[:, None], torch.arange(16)
     kept = (columns <= rows) & (columns >= rows - 3)
     torch.testing.assert_close(weights, kept / kept.sum(1, keepdim=True))
+
+
+def test_one_part_that_fails_leaves_the_others(demo, monkeypatch):
+    def fail():
+        raise RuntimeError("something [red] odd")
+
+    (demo.output / "made.json").write_text("{}")
+    for name in ("embeddings", "picture"):
+        monkeypatch.setattr(demo, name, lambda: Outcome(True, "done"))
+    monkeypatch.setattr(demo, "generation", fail)
+    monkeypatch.setattr(demo, "speed", fail)
+    assert not demo.run()
+    said = demo.console.file.getvalue()
+    assert said.count("FAILED: something [red] odd") == 2
+    assert said.count("done") == 2
+    assert "made.json" in said
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArithmeticError])
+def test_rows_of_the_table_that_are_done_are_kept(demo, monkeypatch, error):
+    count = iter(range(9))
+
+    def timed(case, workload, dtype, options, suite):
+        if next(count) == 3:
+            raise error
+        return Row(suite, workload.name, "f32", {"flashloom": Timing((1.0,)), "sdpa": Timing((2.0,))})
+
+    monkeypatch.setattr(run, "time_case", timed)
+    with pytest.raises(error):
+        demo.speed()
+    assert len(json.loads((demo.output / "speed.json").read_text())["rows"]) == 3
+    assert "x sdpa" in demo.console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_the_demo_without_a_compiler(tmp_path):
+    """Every part runs by the slow reference; what needs a compiler is left out, and that is no failure."""
+    env = {**os.environ, "PATH": str(tmp_path), "CXX": "", "FLASHLOOM_CXX": ""}
+    words = [sys.executable, "-m", "flashloom", "demo", "--rounds", "1", "-o", str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Left out: FlexAttention needs a compiler" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert {"generation.json", "speed.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    rows = json.loads((tmp_path / "out" / "speed.json").read_text())["rows"]
+    assert len(rows) == 9
+    assert rows[-1]["left_out"].keys() == {"flex"}

@@ -289,7 +289,7 @@ def test_pack_commands(tmp_path):
     data = bytearray(Path(path).read_bytes())
     data[-1000] ^= 1
     Path(path).write_bytes(data)
-    assert "attention-f32" in run("pack", "verify", path, code=1)
+    assert "causal, 1:1x32, f32" in run("pack", "verify", path, code=1)
     assert "neither a config.json" in run("pack", "build", "--target", target, "--model", "nosuch", "-o", path, code=1)
     assert "'sm9' is unknown" in run("pack", "build", "--target", "sm9", "--model", "llama-3-8b", "-o", path, code=1)
 

@@ -5,6 +5,7 @@ serving brings.
 from __future__ import annotations
 
 import contextvars
+import dataclasses
 import json
 import os
 import random
@@ -77,13 +78,20 @@ class Pack:
         for target in self.targets:
             needed = [kernel for shape in shapes for kernel in dispatch.kernels(attention.spec, target, *shape)]
             for kernel in needed + dispatch.append_kernels(attention.spec, target):
-                self._kernels.setdefault(store.digest(kernel.fields), kernel)
+                self._add(kernel)
             for record, choice in tuned_for(attention.spec, target):
                 self._records[record.key.key] = record
                 page_size = dict(zip(record.sizes, record.bucket))["page_size"]
                 for kernel in dispatch.kernels_of(attention.spec, target, choice.backend, choice.config, page_size):
-                    self._kernels.setdefault(store.digest(kernel.fields), kernel)
+                    self._add(kernel)
         return self
+
+    def _add(self, kernel: Kernel) -> None:
+        """Of kernels that differ in name alone the first name by alphabet stays, so that order leaves no trace."""
+        request = store.digest(kernel.fields)
+        known = self._kernels.get(request)
+        if known is None or kernel.label < known.label:
+            self._kernels[request] = kernel
 
     def __len__(self) -> int:
         return len(self._kernels)
@@ -116,7 +124,8 @@ class Pack:
             building = {pool.submit(kernel.entry): kernel for kernel in self._kernels.values()}
             try:
                 for future in as_completed(building):
-                    entries.append(future.result())
+                    kernel = building[future]  # the store may know it by another variant's name
+                    entries.append(dataclasses.replace(future.result(), label=kernel.label, about=kernel.about))
                     progress(len(entries), len(building), building[future].name)
             finally:
                 for future in building:

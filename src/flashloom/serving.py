@@ -32,8 +32,13 @@ def model_config(model: str) -> dict[str, Any]:
     if path.is_dir():
         path /= "config.json"
     if path.is_file():
-        config = json.loads(path.read_text())
-        return {**config, **config.get("text_config", {})}
+        try:
+            config = json.loads(path.read_text())
+        except ValueError as error:  # also what is no text
+            raise ValueError(f"{path} is no JSON: {error}; give a model's config.json") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds {type(config).__name__} in place of settings by name: give a config.json")
+        return {**config, **(config.get("text_config") or {})}
     if model not in MODELS:
         raise ValueError(f"model {model!r} is neither a config.json nor one of {', '.join(MODELS)}")
     q_heads, kv_heads, dim = MODELS[model]
@@ -59,6 +64,10 @@ def attentions(
         dim = int(config.get("head_dim") or config["hidden_size"] // q_heads)
     except KeyError as missing:
         raise ValueError(f"the configuration has no {missing}; give that of a transformer with attention") from None
+    except (TypeError, ValueError, ZeroDivisionError):
+        names = ("num_attention_heads", "head_dim", "hidden_size")
+        said = ", ".join(f"{name}={config[name]!r}" for name in names if name in config)
+        raise ValueError(f"the configuration has {said}: heads and widths are whole numbers from 1 on") from None
     kv_heads = int(config.get("num_key_value_heads") or q_heads)
     if tensor_parallel is None:
         tensor_parallel = settings.get().tensor_parallel_size
@@ -70,7 +79,10 @@ def attentions(
     else:
         heads = fl.HeadShape(q_heads // tensor_parallel, max(kv_heads // tensor_parallel, 1), dim)
     if dtype is None:
-        dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+        name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"the configuration has dtype {name!r}, which torch does not know: give dtype=")
     variants: list[fl.Variant] = [fl.causal]
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         variants.append(fl.causal & fl.sliding_window(int(config["sliding_window"]) - 1))

@@ -23,7 +23,17 @@ from typing import Any
 from flashloom.dataclass import dataclass
 from flashloom.errors import warn
 
-__all__ = ["Settings", "check_world", "configure", "from_environment", "get"]
+__all__ = [
+    "Origin",
+    "Settings",
+    "check_name",
+    "check_world",
+    "configure",
+    "from_environment",
+    "get",
+    "origins",
+    "parse_bytes",
+]
 
 PREFIX = "FLASHLOOM_"
 ALIASES = {"kernel_cache_size": "cache_size"}
@@ -87,6 +97,16 @@ class Settings:
     """Threads of CPU kernels. None: as many as torch uses (``torch.get_num_threads()``)."""
     commit: str | None = None
     """Commit that benchmarks record where flashloom is a copy without git."""
+    debug: bool = False
+    """True: the ``flashloom`` command shows the traceback of an error, as its option ``--debug`` does."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A setting in force: its value, and "default", "environment: " with the variable, or "configure"."""
+
+    value: Any
+    origin: str
 
 
 def _boolean(text: str) -> bool:
@@ -96,7 +116,8 @@ def _boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def _bytes(text: str) -> int:
+def parse_bytes(text: str) -> int:
+    """Bytes from a number with or without K, M, G or T, powers of 1024. Raises ValueError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
     if not found:
         raise ValueError("give bytes, or a number with K, M, G or T")
@@ -119,12 +140,20 @@ def _level(text: str) -> str:
     return text
 
 
+def _target(text: str) -> str:
+    from flashloom.target import CPU_TARGETS
+
+    if text not in CPU_TARGETS:
+        raise ValueError(f"give a CPU target: {', '.join(CPU_TARGETS)}")
+    return text
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "cache_dir": lambda text: Path(text).expanduser().absolute(),
-    "cache_size": _bytes,
+    "cache_size": parse_bytes,
     "resident": _positive(int),
     "trusted": lambda text: tuple(Path(part).expanduser() for part in text.split(":") if part),
-    "target": str,
+    "target": _target,
     "cxx": str,
     "jobs": _positive(int),
     "sealed": _boolean,
@@ -132,12 +161,13 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "log": _level,
     "wait": _positive(float),
     "store_timeout": _positive(float),
-    "memory_pool_size": _positive(_bytes),
+    "memory_pool_size": _positive(parse_bytes),
     "enable_cudagraph": _boolean,
     "fp16_reduction": _boolean,
     "tensor_parallel_size": _positive(int),
     "threads": _positive(int),
     "commit": str,
+    "debug": _boolean,
 }
 
 
@@ -206,6 +236,7 @@ def check_world(size: int) -> None:
 
 _lock = threading.RLock()
 _current: Settings | None = None
+_origins: dict[str, str] = {}  # of the settings that are not the default
 _handler: logging.Handler | None = None
 
 
@@ -219,14 +250,43 @@ os.register_at_fork(after_in_child=_after_fork)
 
 def get() -> Settings:
     """The settings in force, read from the environment at the first call."""
-    global _current
+    global _current, _origins
     if _current is None:
         with _lock:
             if _current is None:
                 settings = from_environment()
                 _set_log(settings.log)
+                _origins = _variables(settings, os.environ)
                 _current = settings
     return _current
+
+
+def origins() -> dict[str, Origin]:
+    """Every setting in force, by name, and where it comes from."""
+    settings = get()
+    return {name: Origin(getattr(settings, name), _origins.get(name, "default")) for name in _PARSERS}
+
+
+def _variables(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """Setting -> the variable that it was read from, for those that were."""
+    found = {}
+    for name in [*_PARSERS, *ALIASES]:
+        variable = PREFIX + name.upper()
+        if environ.get(variable, "").strip():
+            found[ALIASES.get(name, name)] = f"environment: {variable}"
+    if "log" not in found and settings.log != Settings.log:
+        foreign = next(name for name in ("FLASHINFER_LOG_LEVEL", "FLASHINFER_DEBUG") if environ.get(name))
+        found["log"] = f"environment: {foreign}"
+    return found
+
+
+def check_name(name: str) -> None:
+    """Raise TypeError unless `name` is a setting's."""
+    known = [*_PARSERS, *ALIASES]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{name!r} is not a setting; the settings are {', '.join(known)}{hint}")
 
 
 def configure(**fields: Any) -> Settings:
@@ -240,15 +300,15 @@ def configure(**fields: Any) -> Settings:
     global _current
     values: dict[str, Any] = {}
     for name, given in fields.items():
+        check_name(name)
         field = ALIASES.get(name, name)
-        if field not in _PARSERS:
-            raise TypeError(f"{name!r} is not a setting; the settings are {', '.join([*_PARSERS, *ALIASES])}")
         value = _read(name, field, given)
         if values.setdefault(field, value) != value:
             raise ValueError(f"{name}={given!r} and another value of {field} were given: they are one setting")
     check_world(values.get("tensor_parallel_size", 1))
     with _lock:
         _current = dataclasses.replace(get(), **values)
+        _origins.update(dict.fromkeys(values, "configure"))
         if "log" in values:
             _set_log(_current.log)
         return _current

@@ -48,6 +48,32 @@ def test_peers_compute_the_same(case, workload, peer):
     torch.testing.assert_close(out[rows].double(), exact(CASES[case], workload, q, k, v, rows), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["causal", "window 256", "ALiBi"])
+@pytest.mark.parametrize("workload", [prefill(HEADS, 300, 2), decode(HEADS, 3, 300)], ids=lambda w: w.name)
+def test_a_variant_as_a_mask_computes_the_same(case, workload):
+    q, k, v = inputs(workload, torch.float32)
+    call, flat = PEERS["sdpa + mask"](CASES[case], workload, q, k, v)
+    rows = sampled_rows(workload)
+    expected = exact(CASES[case], workload, q, k, v, rows)
+    torch.testing.assert_close(flat(call())[rows].double(), expected, rtol=1e-4, atol=1e-5)
+    assert PEERS["sdpa + mask"](CASES["soft cap"], workload, q, k, v) is None  # it does more than add
+
+
+def test_a_peer_that_fails_is_left_out_and_said(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no room\nand more")
+
+    monkeypatch.setitem(PEERS, "matmul", fail)
+    monkeypatch.setattr(importlib.import_module("flashloom.bench.peers"), "find_compilers", list)
+    options = Options(rounds=2, sample_time=1e-4, against=("sdpa", "matmul", "flex"))
+    row = time_case(CASES["causal"], decode(HEADS, 2, 32), torch.float32, options)
+    assert set(row.times) == {"flashloom", "sdpa"}
+    Report([row]).table()
+    printed = capsys.readouterr().out
+    assert "Left out: FlexAttention needs a compiler" in printed
+    assert "Left out: matmul failed: no room\n" in printed
+
+
 def test_peers_leave_out_what_they_cannot_express():
     workload = prefill(HEADS, 8)
     assert PEERS["sdpa"](CASES["ALiBi"], workload, *inputs(workload, torch.float32)) is None
@@ -102,6 +128,25 @@ def test_calls_timed_together_share_a_base():
     )
     assert [set(row.times) for row in rows] == [{"flashloom", "sdpa"}, {"flashloom", "own"}]
     assert rows[1].times["own"] == rows[0].times["flashloom"]
+
+
+def test_a_busy_machine_is_said(tmp_path, capsys):
+    def report(spread, others=None, rounds=5):
+        middle = [1.0] * (rounds - 4)
+        samples = (1 - spread, 1 - spread / 2, *middle, 1 + spread / 2, 1 + spread)
+        row = Row("s", "a", "f32", {"flashloom": Timing(samples), "sdpa": Timing((2.0,) * rounds)})
+        return Report(
+            [row], machine={"cpu": "c", "threads": 2, "date": "d", "command": "x", "compiler": "g++"}, others=others
+        )
+
+    assert report(0.05, 0.05).busy == ""
+    assert report(0.05).busy == ""
+    assert "40% of its processors" in report(0.05, 0.4).busy
+    assert "80% of the median" in report(0.8, 0.0).busy
+    assert json.loads(report(0.05, 0.4).to_json())["others_share"] == 0.4
+    report(0.05, 0.4).table()
+    assert "not to be trusted" in capsys.readouterr().out
+    assert [path.suffix for path in report(0.05, 0.4).save(tmp_path)] == [".json", ".png"]
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):

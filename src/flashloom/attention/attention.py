@@ -22,6 +22,7 @@ from flashloom.kernel import cuda
 from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout, place
 from flashloom.kv_cache.views import as_kv
 from flashloom.variant import full
+from flashloom.variant.title import name_of
 from flashloom.variant.variant import Variant
 
 _log = logging.getLogger("flashloom")
@@ -78,7 +79,8 @@ class Attention:
         self._sizes.check_heads(self.values, heads)
         program = variant.program.specialise(heads.dim, heads.value_dim)
         own["_specs"] = [
-            AttentionSpec(heads, program, dtype, kv_dtype, self.batch_invariant, sparse) for sparse in (False, True)
+            AttentionSpec(heads, program, dtype, kv_dtype, self.batch_invariant, sparse, name_of(variant))
+            for sparse in (False, True)
         ]
 
     if TYPE_CHECKING:

@@ -12,7 +12,6 @@ import os
 import re
 import struct
 import threading
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -25,12 +24,14 @@ import torch
 
 from flashloom import forked, settings, store
 from flashloom.attention import pool
+from flashloom.attention.about import BOTH, about
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.blocks import Pattern
 from flashloom.attention.executor import AttentionSpec, Tuned, guard, readable, untuned
 from flashloom.attention.kernels.cpu.config import DEFAULT, Config
 from flashloom.attention.overlap import Apart
 from flashloom.attention.rows import steps
+from flashloom.errors import warn
 from flashloom.kernel import cpp
 from flashloom.kv_cache.cache import KV
 from flashloom.lower.cpp import render
@@ -86,7 +87,9 @@ def kernel(spec: AttentionSpec, target: Target, config: Config = DEFAULT) -> cpp
     """The kernel that serves a spec on a target, not yet compiled."""
     heads = spec.heads
     names = [STORAGE[spec.q_dtype], STORAGE[spec.kv_dtype], f"{heads.dim}", f"{heads.value_dim}", f"{heads.group}"]
-    return cpp.CppKernel(f"attention-{'-'.join(names)}", source(spec), (HEADERS,), target, config.defines, parts=2)
+    title = f"attention-{'-'.join(names)}"
+    told = about(spec, BOTH, any_count=True, form="" if config == DEFAULT else str(config))
+    return cpp.CppKernel(title, source(spec), (HEADERS,), target, config.defines, parts=2, about=told)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,10 +98,10 @@ def _functions(spec: AttentionSpec, target: Target, vector_decode: int, decode_k
     config = Config(vector_decode=vector_decode, decode_keys=decode_keys)
     try:
         built = kernel(spec, target, config)
-        module = cpp.build(built.source, [HEADERS], target, built.defines, built.name, built.parts)
+        module = cpp.build(built.source, [HEADERS], target, built.defines, built.name, built.parts, built.about)
     except (store.SealedError, store.NoToolchain) as error:
         built = _lesser(spec, target, config, error)
-        module = cpp.build(built.source, [HEADERS], built.target, built.defines, built.name, built.parts)
+        module = cpp.build(built.source, [HEADERS], built.target, built.defines, built.name, built.parts, built.about)
     return built.target, module.get_function("schedule"), module.get_function("run")
 
 
@@ -110,12 +113,10 @@ def _lesser(spec: AttentionSpec, target: Target, config: Config, error: Exceptio
         if found.stored() is not None:
             if (target, other) not in _told:
                 _told.add((target, other))
-                warnings.warn(
+                warn(
                     f"flashloom runs kernels for {other} on this {target} machine, since those for {target} are not "
                     f"stored and cannot be built here: add {target} to the pack's targets, or set "
-                    f"FLASHLOOM_TARGET={other} to have no others",
-                    RuntimeWarning,
-                    stacklevel=2,
+                    f"FLASHLOOM_TARGET={other} to have no others"
                 )
             return found
     raise error

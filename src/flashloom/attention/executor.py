@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import field
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from flashloom.variant.expr import Program
 @dataclass(frozen=True)
 class AttentionSpec:
     """Everything but the device that picks a kernel; all of it is known at plan time. `program` is specialised to the
-    head widths; `block_sparse` says that batches carry a block pattern."""
+    head widths; `block_sparse` says that batches carry a block pattern; `name` is the variant's, for people."""
 
     heads: HeadShape
     program: Program
@@ -26,6 +27,7 @@ class AttentionSpec:
     kv_dtype: torch.dtype
     batch_invariant: bool = False
     block_sparse: bool = False
+    name: str = field(default="", compare=False)
 
     @property
     def out_dtype(self) -> torch.dtype:

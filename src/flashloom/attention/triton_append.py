@@ -8,6 +8,7 @@ import threading
 
 import torch
 
+from flashloom.attention.about import short
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton.asked import KERNELS
 from flashloom.kernel import launch
@@ -69,7 +70,9 @@ def append_kernel(
         1).bit_length(), "ROWS": ROWS, "SCALED": scaled and not same, "HIGHEST": 0.0 if same else LARGEST.get(cache,
         0.0), "MANTISSA": mantissa, "VALUES": values,
     }  # fmt: skip
-    return TritonKernel(Source(f"{KERNELS}.append", "append"), signature, constants, (), target, 4, 1)
+    dtypes = short(k) if k == cache else f"{short(k)}, {short(cache)} KV"
+    told = {"kernel": "append to the cache", "heads": f"{kv_heads}x{dim}", "dtypes": dtypes}
+    return TritonKernel(Source(f"{KERNELS}.append", "append"), signature, constants, (), target, 4, 1, told)
 
 
 def append(kv: KV, k: torch.Tensor, v: torch.Tensor | None, slots: torch.Tensor) -> None:

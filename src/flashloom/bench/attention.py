@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ import flashloom as fl
 from flashloom import store
 from flashloom.bench import ceilings
 from flashloom.bench.cases import CASES, Case, exact, sampled_rows
-from flashloom.bench.peers import PEERS
+from flashloom.bench.machine import Load
+from flashloom.bench.peers import PEERS, Unable
 from flashloom.bench.report import OWN, Report, Row
 from flashloom.bench.timing import Timing, interleave
 from flashloom.bench.workloads import Workload
@@ -25,8 +26,8 @@ KV_DTYPES = {torch.float8_e4m3fn: "fp8 e4m3", torch.float8_e5m2: "fp8 e5m2", tor
 
 @dataclass(frozen=True)
 class Options:
-    """How to time: interleaved rounds, seconds per sample, the peers' names ("sdpa", "matmul", "flex") and the
-    device."""
+    """How to time: interleaved rounds, seconds per sample, the peers' names ("sdpa", "matmul", "flex", "sdpa + mask")
+    and the device."""
 
     rounds: int = 15
     sample_time: float = 2e-3
@@ -97,6 +98,7 @@ class Prepared:
     """A call of flashloom that is right and ready to be timed, with its peers and ceilings by name.
 
     limit: (name, call, bytes or flops of the call, as work's unit counts them). work: what flashloom's call does.
+    left_out: peers that failed, and why.
     """
 
     suite: str
@@ -108,11 +110,13 @@ class Prepared:
     work: tuple[float, str]
     errors: dict[str, float]
     compile_s: float | None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def row(self, own: Timing, peers: dict[str, Timing], limit: Timing | None) -> Row:
         limits = {self.limit[0]: (self.limit[2], limit)} if self.limit and limit else {}
         times = {OWN: own, **peers}
-        return Row(self.suite, self.name, self.dtype, times, self.errors, self.compile_s, self.work, limits)
+        done = (times, self.errors, self.compile_s, self.work, limits, self.left_out)
+        return Row(self.suite, self.name, self.dtype, *done)
 
 
 def prepare(
@@ -149,11 +153,19 @@ def prepare(
     kv = (kc, vc, *scales)
     plan.run(q, kv, out=out)
 
-    found = {peer: PEERS[peer](case, workload, q, k, v) for peer in options.against}
-    made = {peer: pair for peer, pair in found.items() if pair is not None}
+    made: dict[str, Callable[[], object]] = {}
+    outputs, left_out = {OWN: out}, {}
+    for peer in options.against:
+        try:
+            pair = PEERS[peer](case, workload, q, k, v)
+            if pair is not None:
+                outputs[peer] = pair[1](pair[0]())
+                made[peer] = pair[0]
+        except RuntimeError as error:  # no compiler, no memory: the others are still worth their time
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            left_out[peer] = why if isinstance(error, Unable) else f"{peer} failed: {why}"
     rows = sampled_rows(workload)
     wanted = exact(case, workload, *on_host, rows)
-    outputs = {OWN: out, **{peer: flat(call()) for peer, (call, flat) in made.items()}}
     errors = {peer: float((o.cpu()[rows].double() - wanted).abs().max()) for peer, o in outputs.items()}
     allowed = _tolerance(dtype, kv_dtype)
     if not errors[OWN] <= allowed:
@@ -170,11 +182,12 @@ def prepare(
         f"{case.name} {workload.name}, {heads}",
         DTYPES[dtype] if kv_dtype is None else f"{DTYPES[dtype]}, {KV_DTYPES[kv_dtype]} KV",
         lambda: plan.run(q, kv, out=out),
-        {peer: call for peer, (call, _) in made.items()},
+        made,
         _limit(workload, dtype, kc, vc),
         work,
         errors,
         built or None,
+        left_out,
     )
 
 
@@ -213,9 +226,8 @@ def bench(
     """Time an Attention on workloads of its own head shape.
 
     Args:
-        against: peers by name: "sdpa", "matmul" (decode), "flex" (compiled FlexAttention). A peer that cannot express
-        the variant is left out
-            of the row; peers know the variants of flashloom.bench.cases.
+        against: peers by name: "sdpa", "matmul" (decode), "flex" (compiled FlexAttention), "sdpa + mask". A peer that
+            cannot express the variant is left out of the row; peers know the variants of flashloom.bench.cases.
 
     Raises:
         ValueError: for an unknown peer, no workload, a workload of another head shape, or a variant that cases.py
@@ -228,7 +240,9 @@ def bench(
     for w in workloads:
         if w.heads != attention.heads:
             raise ValueError(f"{w.name} has heads {w.heads} but the Attention has {attention.heads}: make them equal")
-    return Report([time_case(case, w, attention.dtype, options, attention=attention) for w in workloads])
+    since = Load.now()
+    rows = [time_case(case, w, attention.dtype, options, attention=attention) for w in workloads]
+    return Report(rows, others=since.others(Load.now()) if since else None)
 
 
 def _case_of(attention: fl.Attention) -> Case:

@@ -21,7 +21,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 @dataclass(frozen=True)
 class Case:
     """A variant for heads of a given count. `sdpa`: how torch's SDPA expresses it ("full", "causal"), None where only
-    a mask would."""
+    a mask would; `bias`: what its score_mod adds, where that is all it does, of head, query and key."""
 
     name: str
     variant: Callable[[int], fl.Variant]
@@ -29,6 +29,7 @@ class Case:
     mask_mod: MaskMod | None = None
     sdpa: str | None = None
     window: int | None = None
+    bias: Callable[[int], Callable[[Tensor, Tensor, Tensor], Tensor]] | None = None
 
     @property
     def causal(self) -> bool:
@@ -52,6 +53,11 @@ def _alibi(heads: int) -> Mod:
     return lambda score, b, h, q, kv: score + slopes[h] * (kv - q)
 
 
+def _bias(heads: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    slopes = fl.alibi_slopes(heads)
+    return lambda h, q, kv: slopes[h] * (kv - q)
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -59,7 +65,7 @@ CASES: dict[str, Case] = {
         Case("causal", lambda heads: fl.causal, mask_mod=_causal, sdpa="causal"),
         Case("window 256", lambda heads: fl.causal & fl.sliding_window(255), mask_mod=_window, window=256),
         Case("soft cap", lambda heads: fl.causal & fl.softcap(30.0), score_mod=_softcap, mask_mod=_causal),
-        Case("ALiBi", lambda heads: fl.causal & fl.alibi(heads), score_mod=_alibi, mask_mod=_causal),
+        Case("ALiBi", lambda heads: fl.causal & fl.alibi(heads), score_mod=_alibi, mask_mod=_causal, bias=_bias),
     )
 }
 

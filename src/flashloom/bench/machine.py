@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -104,3 +105,42 @@ def commit(tree: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return named
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "") or named
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the processors that this process may use have done since the machine started, and this process of it, in
+    seconds. Its children count once they have ended."""
+
+    clock: float
+    busy: float
+    own: float
+    processors: int
+
+    @classmethod
+    def now(cls) -> Load | None:
+        """As of now; None where the system does not say."""
+        try:
+            return cls.read(Path("/proc/stat").read_text(), os.sched_getaffinity(0))
+        except (OSError, AttributeError, ValueError):
+            return None
+
+    @classmethod
+    def read(cls, stat: str, processors: set[int]) -> Load:
+        """From the text of /proc/stat: user, nice, system, idle, iowait, irq, softirq and steal by processor."""
+        ticks = 0
+        for line in stat.splitlines():
+            name, *numbers = line.split()
+            if name.removeprefix("cpu").isdigit() and int(name[3:]) in processors:
+                counted = [int(number) for number in numbers[:8]]
+                ticks += sum(counted) - sum(counted[3:5])
+        busy = ticks / os.sysconf("SC_CLK_TCK")
+        return cls(time.monotonic(), busy, sum(os.times()[:4]), len(processors))
+
+    def others(self, now: Load | None) -> float | None:
+        """The share of the processors' time that others have taken from then to now; None where that is too short, or
+        not known."""
+        if now is None or now.clock - self.clock < 0.2:
+            return None
+        share = (now.busy - self.busy - (now.own - self.own)) / ((now.clock - self.clock) * self.processors)
+        return min(max(share, 0.0), 1.0)

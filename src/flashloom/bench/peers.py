@@ -15,6 +15,12 @@ from torch.nn import functional as F
 
 from flashloom.bench.cases import Case
 from flashloom.bench.workloads import Workload
+from flashloom.doctor import find_compilers
+
+
+class Unable(RuntimeError):
+    """A peer cannot run on this machine; the message says what it needs."""
+
 
 Peer = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
 
@@ -64,6 +70,8 @@ def flex(case: Case, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Pee
     and takes seconds. A peer made before must not be called any more."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if q.device.type == "cpu" and not find_compilers():
+        raise Unable("FlexAttention needs a compiler (`flashloom doctor` says how to install one)")
     qd, kd, vd = dense(workload, q, k, v)
     q_length, kv_length, heads = qd.shape[2], kd.shape[2], workload.heads
     first = kv_length - q_length  # FlexAttention counts queries from 0
@@ -80,8 +88,29 @@ def flex(case: Case, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Pee
     return lambda: call(qd, kd, vd, score_mod=score_mod, block_mask=block_mask, enable_gqa=grouped), _flat
 
 
+def masked(case: Case, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Peer | None:
+    """SDPA with the variant written out as a mask: True where a key is kept, or numbers that are added to the scores.
+    None for a variant that does more than add."""
+    bias = case.bias(workload.heads.q_heads) if case.bias else None
+    if bias is None and (case.score_mod is not None or case.mask_mod is None):
+        return None
+    qd, kd, vd = dense(workload, q, k, v)
+    q_length, kv_length, grouped = qd.shape[2], kd.shape[2], workload.heads.group > 1
+    head = torch.arange(workload.heads.q_heads)[:, None, None]
+    rows = torch.arange(kv_length - q_length, kv_length)[:, None]
+    columns = torch.arange(kv_length)
+    mask = torch.ones(1, q_length, kv_length, dtype=torch.bool)
+    if case.mask_mod is not None:
+        mask = mask & case.mask_mod(0, head, rows, columns)  # type: ignore[arg-type]
+    if bias is not None:
+        mask = bias(head, rows, columns).masked_fill(~mask, float("-inf")).to(q.dtype)
+    mask = mask[None].to(q.device)
+    return lambda: F.scaled_dot_product_attention(qd, kd, vd, attn_mask=mask, enable_gqa=grouped), _flat
+
+
 PEERS: dict[str, Callable[[Case, Workload, Tensor, Tensor, Tensor], Peer | None]] = {
     "sdpa": sdpa,
     "matmul": matmul,
     "flex": flex,
+    "sdpa + mask": masked,
 }

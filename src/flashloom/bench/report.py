@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OWN = "flashloom"
+#: What peers are, for those who read a table or a plot.
+TITLES = {
+    "sdpa": "torch's scaled_dot_product_attention",
+    "matmul": "softmax(q @ k^T) @ v by two calls of torch.matmul, the query heads of a group as rows",
+    "flex": "torch's FlexAttention, compiled",
+    "sdpa + mask": "torch's scaled_dot_product_attention with the variant as a tensor of [heads, queries, keys]",
+    "naive": "softmax(q @ k^T) @ v in torch, with the whole matrix of scores in memory",
+}
+OTHERS, SPREAD = 0.15, 0.3  # of the processors' time, and of a median, above which figures say little
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,8 @@ class Row:
 
     errors: largest absolute difference over the compared rows, by candidate. compile_s: seconds in the compiler, None
     where a kernel was found in the store. work: what flashloom does in a call, with its unit ("GB" or "TFLOP");
-    ceilings: the machine's own samples, each with the same work done at its limit.
+    ceilings: the machine's own samples, each with the same work done at its limit. left_out: peers that failed, and
+    why.
     """
 
     suite: str
@@ -35,6 +46,7 @@ class Row:
     compile_s: float | None = None
     work: tuple[float, str] | None = None
     ceilings: dict[str, tuple[float, Timing]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def own(self) -> Timing | None:
@@ -70,16 +82,19 @@ class Row:
             "max_abs_error_vs_float64": self.errors,
             "rate": self.rate, "shares": self.shares,
             "ceilings": {name: {"work": work, **timing.to_json()} for name, (work, timing) in self.ceilings.items()},
+            "left_out": self.left_out,
         }  # fmt: skip
 
 
 @dataclass
 class Report:
-    """Rows, and the machine that they were taken on."""
+    """Rows, and the machine that they were taken on. others: the share of the processors' time that other programs
+    took meanwhile, None where it is not known."""
 
     rows: list[Row]
     title: str = "attention"
     machine: dict[str, object] = field(default_factory=describe)
+    others: float | None = None
 
     @property
     def peers(self) -> list[str]:
@@ -94,6 +109,27 @@ class Report:
                 if peer != OWN and OWN in row.times:
                     ratios[f"{row.suite} {row.dtype}"][peer].append(row.ratio(peer))
         return {key: {peer: geomean(r) for peer, r in by_peer.items()} for key, by_peer in ratios.items()}
+
+    @property
+    def busy(self) -> str:
+        """A sentence where the machine was too busy for its figures to be trusted, else ""."""
+        spreads = [row.own.spread for row in self.rows if row.own and len(row.own.samples) >= 5]
+        spread = statistics.median(spreads) if spreads else 0.0
+        said = []
+        if self.others is not None and self.others > OTHERS:
+            said.append(f"other programs took {self.others:.0%} of its processors' time")
+        if spread > SPREAD:
+            said.append(f"times differ by {spread:.0%} of the median from round to round")
+        return f"The machine is busy: {', '.join(said)}. These figures are not to be trusted." if said else ""
+
+    def notes(self) -> list[str]:
+        """What a reader of the table should know."""
+        left_out = dict.fromkeys(why for row in self.rows for why in row.left_out.values())
+        found = [f"x {peer}: how many times faster than {TITLES[peer]}" for peer in self.peers if peer in TITLES]
+        found += [f"Left out: {why}" for why in left_out]
+        if self.machine.get("compiler") is None and "gpu" not in self.machine:
+            found.append("No C++ compiler: flashloom's times are those of its slow reference in torch.")
+        return found + ([self.busy] if self.busy else [])
 
     def table(self, console: Console | None = None) -> Table:
         """Print the table, and the geometric means below it; answers the table. Columns that the console has no room
@@ -113,7 +149,8 @@ class Report:
             console.print(f"{suite}, geometric mean: " + ", ".join(f"{r:.2f} x {peer}" for peer, r in means.items()))
         m = self.machine
         line = f"{m['cpu']}, {m['threads']} threads, {m['date']}; medians of interleaved rounds; {m['command']}"
-        console.print(line, style="dim", highlight=False)
+        for note in (line, *self.notes()):
+            console.print(note, style="bold" if note == self.busy else "dim", highlight=False, markup=False)
         return table
 
     def _table(self, hidden: list[str]) -> Table:
@@ -145,45 +182,66 @@ class Report:
             table.add_row(*cells)
         return table
 
+    def to_json(self) -> str:
+        """The rows, every sample's quartiles and the machine, as JSON."""
+        content = {
+            "title": self.title,
+            **self.machine,
+            "others_share": self.others,
+            "notes": self.notes(),
+            "geomeans": self.geomeans(),
+            "rows": [row.to_json() for row in self.rows],
+        }
+        return json.dumps(content, indent=1) + "\n"
+
     def save(self, folder: Path | str, name: str = "attention") -> list[Path]:
         """Write <name>.json and, where matplotlib is installed, <name>.png; answers the paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.json"
-        content = {
-            "title": self.title,
-            **self.machine,
-            "geomeans": self.geomeans(),
-            "rows": [row.to_json() for row in self.rows],
-        }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(self.to_json())
         picture = self._plot(folder / f"{name}.png")
         return [path, *([picture] if picture else [])]
 
     def _plot(self, path: Path) -> Path | None:
-        """Bars of flashloom's factor over each peer."""
+        """Bars of flashloom's factor over each peer, with the quartiles of the peer's time; a row without a peer has
+        flashloom's time alone."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
             return None
-        rows = [row for row in self.rows if OWN in row.times and len(row.times) > 1]
-        if not rows:
+        rows = [row for row in self.rows if row.own]
+        if not rows or not self.peers:
             return None
-        figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(11, 2.4 + 0.42 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        height = 0.8 / len(self.peers)
-        for i, peer in enumerate(self.peers):
-            have = [(at, row.ratio(peer)) for at, row in enumerate(rows) if peer in row.times]
-            axes.barh([at + i * height for at, _ in have], [r for _, r in have], height, label=f"times {peer}")
+        height = 0.8 / max(len(row.times) - 1 for row in rows)
+        for color, peer in enumerate(self.peers):
+            for at, row in enumerate(rows):
+                if peer not in row.times or row.own is None:
+                    continue
+                place = at + height * [name for name in row.times if name != OWN].index(peer)
+                ratio, timing = row.ratio(peer), row.times[peer]
+                low, high = timing.low / row.own.median, timing.high / row.own.median
+                reach = [[ratio - low], [high - ratio]]
+                axes.barh(place, ratio, height, xerr=reach, color=f"C{color}", ecolor="0.35", capsize=2)
+                axes.text(high, place, f"  {ratio:.2f}x", va="center", fontsize=8)
+            axes.barh(0, 0, color=f"C{color}", label=TITLES.get(peer, peer))
         axes.axvline(1.0, color="black", linewidth=0.8)
-        axes.set_yticks(
-            [at + 0.4 - height / 2 for at in range(len(rows))], [f"{row.name}, {row.dtype}" for row in rows], fontsize=8
-        )
+        names = [f"{row.name}, {row.dtype}\n{seconds(row.own.median)}" for row in rows if row.own]
+        axes.set_yticks([at + 0.4 - height / 2 for at in range(len(rows))], names, fontsize=8)
+        axes.margins(x=0.1)
         axes.invert_yaxis()
-        axes.set_xlabel("times faster (above 1: flashloom is faster)")
-        axes.set_title(f"{self.machine['cpu']}, {self.machine['threads']} threads", fontsize=9)
-        axes.legend(fontsize=8)
-        figure.savefig(path, dpi=80)
+        axes.set_xlabel("times as fast as the peer (right of the line: flashloom is faster); whiskers: quartiles")
+        axes.set_title(
+            "flashloom's attention against other ways to compute the same on this machine\n"
+            f"{self.machine['cpu']}, {self.machine['threads']} threads, {str(self.machine['date'])[:10]}; "
+            "below each name flashloom's time; 32/8x128: query heads/key heads x width"
+            + ("\nTHE MACHINE WAS BUSY: these figures are not to be trusted" if self.busy else ""),
+            fontsize=10,
+        )
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+        figure.savefig(path, dpi=100)
         return path
 
 

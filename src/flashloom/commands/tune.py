@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from flashloom.commands import console
+from flashloom.commands import Group, OutputFile, console, examples
 from flashloom.commands.pack import DTYPES
 
 CACHE = click.option(
@@ -16,7 +16,16 @@ CACHE = click.option(
 )
 
 
-@click.group(invoke_without_command=True)
+@click.group(
+    cls=Group,
+    invoke_without_command=True,
+    epilog=examples(
+        "flashloom tune --model llama-3-8b --budget 5m",
+        "flashloom tune --model config.json --phase decode --dry-run",
+        "flashloom tune ls",
+        "flashloom tune export tuned.json",
+    ),
+)
 @click.option("--model", "models", multiple=True, help="A config.json or a known name; give it repeatedly.")
 @click.option("--target", help="Such as sm90 or x86-amx: refuse to run on anything else.")
 @click.option("--phase", type=click.Choice(["prefill", "decode", "append", "mixed"]), help="All of them unless given.")
@@ -28,7 +37,7 @@ CACHE = click.option(
 @click.option("--again", is_flag=True, help="Measure also what is known.")
 @click.option("--isolate/--no-isolate", default=None, help="Try every candidate, or none, in a child process first.")
 @click.option("--dry-run", is_flag=True, help="List the shapes, and what is known of them.")
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as JSON.")
+@click.option("--output", "-o", type=OutputFile(), help="Write the report as JSON, also when it is interrupted.")
 @CACHE
 @click.pass_context
 def tune(
@@ -64,10 +73,12 @@ def tune(
         )
     if target == here:
         device = "cpu"
+    if cache is not None and (problem := _no_folder(cache)):
+        raise click.ClickException(f"--cache: {problem}")
     screen = console()
     report = Report()
+    seconds_of(given["budget"])
     try:
-        seconds_of(given["budget"])
         for model in models:
             work = list(_work(model, device, given))
             with fl.autotune(tune=False, cache=cache) as session:
@@ -84,12 +95,18 @@ def tune(
                     click.echo(done.table())
                     report.outcomes += done.outcomes
                     report.seconds += done.seconds
-    except (ValueError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from None
-    if output is not None:
-        output.write_text(json.dumps(report.to_json(), indent=1) + "\n")
-    if not given["dry_run"]:
-        click.echo(f"records: {cache or records.default_root()}")
+    finally:  # what is done is kept, whatever ended the rest
+        if output is not None:
+            output.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+        if not given["dry_run"]:
+            click.echo(f"records: {cache or records.default_root()}")
+
+
+def _no_folder(place: Path) -> str | None:
+    """Why records cannot lie there, or None; a folder that is not there yet will be made, one that cannot be written
+    is read."""
+    there = next(path for path in (place, *place.absolute().parents) if path.exists())
+    return None if there.is_dir() else f"{there} is not a folder"
 
 
 def _work(model: str, device: str, given: dict[str, Any]):
@@ -118,16 +135,23 @@ def _work(model: str, device: str, given: dict[str, Any]):
 
 
 def _records(place: Path | None) -> list:
-    from flashloom import records
     from flashloom.records.bundle import read_any
 
-    root = place or records.default_root()
+    root = place or _root(None)
+    if place is not None and not place.exists():
+        raise click.ClickException(f"there is no {place}: name a folder of records, or a file that `export` wrote")
+    return read_any(root)
+
+
+def _root(cache: Path | None) -> Path:
+    from flashloom import records
+
+    root = cache or records.default_root()
     if root is None:
         raise click.ClickException("this user has no home folder; name the records with --cache")
-    try:
-        return read_any(root)
-    except (records.Rejected, OSError) as error:
-        raise click.ClickException(str(error)) from None
+    if problem := _no_folder(root):
+        raise click.ClickException(problem)
+    return root
 
 
 def _short(record: Any) -> str:
@@ -136,7 +160,7 @@ def _short(record: Any) -> str:
     return short(record) if record.tuned else "default"
 
 
-@tune.command()
+@tune.command(epilog=examples("flashloom tune ls", "flashloom tune ls --cache tuned"))
 @CACHE
 def ls(cache: Path | None) -> None:
     """List records: key, regret of the default, operator, shape, what won."""
@@ -150,16 +174,14 @@ def ls(cache: Path | None) -> None:
     click.echo(f"{len(found)} records, {tuned} with another config than the default")
 
 
-@tune.command()
+@tune.command(epilog=examples("flashloom tune verify"))
 @CACHE
 def verify(cache: Path | None) -> None:
     """Read every record; set aside those that are damaged or not of their key, and delete what dead writers left."""
     from flashloom import records
     from flashloom.records import Folder
 
-    root = cache or records.default_root()
-    if root is None:
-        raise click.ClickException("this user has no home folder; name the records with --cache")
+    root = _root(cache)
     folder = Folder.at(root)
     whole = wrong = 0
     for path in list(folder.files()):
@@ -176,8 +198,8 @@ def verify(cache: Path | None) -> None:
         raise SystemExit(1)
 
 
-@tune.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@tune.command(epilog=examples("flashloom tune export tuned.json"))
+@click.argument("file", type=OutputFile())
 @CACHE
 def export(file: Path, cache: Path | None) -> None:
     """Write all records into one FILE."""
@@ -188,24 +210,21 @@ def export(file: Path, cache: Path | None) -> None:
     click.echo(f"{file}: {len(found)} records")
 
 
-@tune.command("import")
+@tune.command("import", epilog=examples("flashloom tune import tuned.json"))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @CACHE
 def import_(file: Path, cache: Path | None) -> None:
     """Take the records of a FILE that `export` wrote, over those of the same keys."""
-    from flashloom import records
     from flashloom.records import Folder
 
-    found, root = _records(file), cache or records.default_root()
-    if root is None:
-        raise click.ClickException("this user has no home folder; name the records with --cache")
+    found, root = _records(file), _root(cache)
     written = sum(Folder.at(root).publish(one) for one in found)
     click.echo(f"{root}: {written} of {len(found)} records written")
     if written < len(found):
         raise SystemExit(1)
 
 
-@tune.command()
+@tune.command(epilog=examples("flashloom tune diff tuned.json other.json"))
 @click.argument("one", type=click.Path(exists=True, path_type=Path))
 @click.argument("other", type=click.Path(exists=True, path_type=Path))
 def diff(one: Path, other: Path) -> None:

@@ -15,10 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import flashloom as fl
+from flashloom import settings
 from flashloom.bench.attention import Options, time_case
 from flashloom.bench.cases import CASES
+from flashloom.bench.machine import Load
 from flashloom.bench.report import Report, Row, seconds
 from flashloom.bench.workloads import Workload, decode, prefill
+from flashloom.commands.errors import sentence
 from flashloom.demo import minilm, pictures
 from flashloom.demo.decoder import Decoder, Shape, generate_with_sdpa
 from flashloom.demo.sentences import QUERIES, TOPICS
@@ -48,10 +51,11 @@ class Demo:
     console: Console
     full: bool = False
     rounds: int = 15
+    _since: Load | None = None
 
     def run(self) -> bool:
         """All parts; True when every claim holds. Kernels are compiled anew, in a store of the demo's own."""
-        start = time.perf_counter()
+        start, self._since, began = time.perf_counter(), Load.now(), time.time()
         self.output.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self.output / "store", ignore_errors=True)
         fl.configure(cache_dir=self.output / "store")
@@ -63,13 +67,34 @@ class Demo:
             ("What variants mask and weigh", self.picture),
         ):
             self.console.rule(f"[bold]{title}", align="left")
-            outcomes.append(part())
-            self.console.print(("" if outcomes[-1].holds else "[bold red]FAILED: ") + outcomes[-1].summary)
+            try:
+                outcomes.append(part())
+            except KeyboardInterrupt:
+                self.console.print("Ended early.")
+                self._done(start, began)
+                raise
+            except Exception as error:  # the other parts are worth their time
+                if settings.get().debug:
+                    raise
+                outcomes.append(Outcome(False, sentence(error)))
+            said = outcomes[-1]
+            self.console.print("" if said.holds else "FAILED: ", said.summary, sep="", markup=False, highlight=False)
+        self._done(start, began)
+        return all(outcome.holds for outcome in outcomes)
+
+    def _done(self, start: float, began: float) -> None:
+        """Say what was written, and whether the machine let its figures be trusted."""
         self.console.rule("[bold]Done", align="left")
         self.console.print(f"{time.perf_counter() - start:.0f} s in all. Files written:")
-        for path in [path for outcome in outcomes for path in outcome.files]:
-            self.console.print(f"  {path.resolve()}", highlight=False, soft_wrap=True)
-        return all(outcome.holds for outcome in outcomes)
+        for path in sorted(self.output.glob("*.*")):
+            if path.is_file() and path.stat().st_mtime >= began - 1:
+                self.console.print(f"  {path.resolve()}", highlight=False, soft_wrap=True)
+        if busy := Report([], machine={}, others=self._others()).busy:
+            self.console.print(busy, style="bold")
+
+    def _others(self) -> float | None:
+        """The share of the processors' time that other programs have taken since the demo began."""
+        return self._since.others(Load.now()) if self._since else None
 
     def embeddings(self) -> Outcome:
         """Embed real sentences with flashloom and with SDPA, compare, and search."""
@@ -154,7 +179,8 @@ class Demo:
         """Time operators against their peers; wrong results raise before any time is shown."""
         heads, small = fl.HeadShape(32, 8, 128), fl.HeadShape(8, 2, 128)
         plain = Options(self.rounds, against=("sdpa", "matmul"))
-        every = Options(self.rounds, against=("sdpa", "matmul", "flex"))
+        mask = Options(self.rounds, against=("sdpa + mask",))
+        every = Options(self.rounds, against=("sdpa", "sdpa + mask", "matmul", "flex"))
         bf16, f32 = torch.bfloat16, torch.float32
         jobs: list[tuple[str, Workload, torch.dtype, Options]] = [
             ("full", prefill(heads, 1024), bf16, plain),
@@ -163,22 +189,27 @@ class Demo:
             ("causal", decode(heads, 1, 4096), bf16, plain),
             ("causal", decode(heads, 8, 1024), bf16, plain),
             ("causal", decode(heads, 8, 1024), f32, plain),
-            ("window 256", prefill(small, 1024), bf16, plain),
-            ("ALiBi", prefill(small, 1024), bf16, plain),
+            ("window 256", prefill(small, 1024), bf16, mask),
+            ("ALiBi", prefill(small, 1024), bf16, mask),
             ("soft cap", prefill(small, 1024), bf16, every),
         ]
         rows: list[Row] = []
-        with self._progress() as progress:
-            bar = progress.add_task("", total=len(jobs))
-            for case, workload, dtype, options in jobs:
-                options = every if self.full else options
-                flex = ", FlexAttention compiles for half a minute" if "flex" in options.against else ""
-                progress.update(bar, description=f"{case}, {workload.name}{flex}")
-                rows.append(time_case(CASES[case], workload, dtype, options, suite="demo"))
-                progress.advance(bar)
-        report = Report(rows, title="attention: time, and how many times faster than each peer")
-        report.table(self.console)
-        files = report.save(self.output, "speed")
+        files: list[Path] = []
+        try:
+            with self._progress() as progress:
+                bar = progress.add_task("", total=len(jobs))
+                for case, workload, dtype, options in jobs:
+                    options = every if self.full else options
+                    flex = ", FlexAttention compiles for half a minute" if "flex" in options.against else ""
+                    progress.update(bar, description=f"{case}, {workload.name}{flex}")
+                    rows.append(time_case(CASES[case], workload, dtype, options, suite="demo"))
+                    progress.advance(bar)
+        finally:  # rows that are done are kept, whatever ended the rest
+            if rows:
+                title = "attention: time, and how many times faster than each peer"
+                report = Report(rows, title=title, others=self._others())
+                report.table(self.console)
+                files = report.save(self.output, "speed")
         return Outcome(True, f"{len(rows)} rows; every output compared with float64 before it was timed.", files)
 
     def picture(self) -> Outcome:

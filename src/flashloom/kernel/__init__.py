@@ -1,5 +1,6 @@
 """How source becomes something that can be called: toolchains on top of the store."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flashloom.store import Entry
@@ -26,6 +27,14 @@ class Kernel(Protocol):
     @property
     def name(self) -> str:
         """For people; not part of what identifies it."""
+
+    @property
+    def label(self) -> str:
+        """What it is called in listings and errors: variant, heads, dtypes, phase, where they are known."""
+
+    @property
+    def about(self) -> Mapping[str, str]:
+        """The same by topic."""
 
     @property
     def fields(self) -> dict[str, Any]:

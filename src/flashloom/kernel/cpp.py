@@ -59,6 +59,8 @@ class CppKernel:
     defines: Mapping[str, str | int] = field(default_factory=dict)
     parts: int = 1
     """Translation units: the source is compiled so many times at once, with FL_PART = 0, 1, ..., and linked."""
+    about: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """What people are told of it, by topic; see store.get_or_build."""
 
     def __post_init__(self) -> None:
         if not self.target.is_cpu:
@@ -82,13 +84,19 @@ class CppKernel:
             "parts": self.parts,
         }
 
+    @property
+    def label(self) -> str:
+        """What it is called in listings and errors."""
+        return ", ".join(self.about.values()) or f"{self.name} {self.target}"
+
     def entry(self) -> store.Entry:
         """The compiled kernel, from the store or built now. Raises NoCompiler, CompileError or SealedError."""
         return store.get_or_build(
             self.fields,
             self._compile,
             toolchain=lambda: find_compiler().identity,
-            label=f"{self.name} {self.target}",
+            label=self.label,
+            about=self.about,
         )
 
     def stored(self) -> store.Entry | None:
@@ -218,13 +226,14 @@ def build(
     defines: Mapping[str, str | int],
     name: str,
     parts: int = 1,
+    about: Mapping[str, str] | None = None,
 ) -> Module:
     """Compile and load a kernel, or find it: in this process, in a pack, in the store. ``module.get_function(name)``
     is callable.
 
     Raises NoCompiler, CompileError or store.SealedError.
     """
-    kernel = CppKernel(name, source, tuple(include_dirs), target, dict(defines), parts)
+    kernel = CppKernel(name, source, tuple(include_dirs), target, dict(defines), parts, dict(about or {}))
     request = store.digest(kernel.fields)
     module = _loaded.get(request)
     if module is None:

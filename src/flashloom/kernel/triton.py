@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class TritonKernel:
 
     signature: run-time arguments by name, in the function's order, as Triton names types (a tuple of them for a tuple
     argument); constants: every other argument, functions and types of numbers as `Named`; aligned: names of pointers
-    that are multiples of 16 bytes.
+    that are multiples of 16 bytes; about: what people are told of it, by topic.
     """
 
     function: Source
@@ -87,6 +88,7 @@ class TritonKernel:
     target: Target
     num_warps: int
     num_stages: int
+    about: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -105,11 +107,20 @@ class TritonKernel:
             "options": {"num_warps": self.num_warps, "num_stages": self.num_stages, "line_info": False},
         }
 
+    @property
+    def label(self) -> str:
+        """What it is called in listings and errors."""
+        return ", ".join(self.about.values()) or f"triton {self.name} {self.target}"
+
     def entry(self) -> store.Entry:
         """The compiled kernel, `kernel.cubin` with its metadata, from the store or built now. Raises NoToolchain or
         SealedError."""
         return store.get_or_build(
-            self.fields, self._build, toolchain=toolchain, label=f"triton {self.name} {self.target}"
+            self.fields,
+            self._build,
+            toolchain=toolchain,
+            label=self.label,
+            about=self.about,
         )
 
     def stored(self) -> store.Entry | None:

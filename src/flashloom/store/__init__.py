@@ -13,6 +13,7 @@ How a toolchain (C++, Triton, Gluon) goes through it::
         is asked only when
                                # no pack has the kernel; let it raise NoToolchain when the host has no compiler.
         label="decode bf16",   # for people: logs, listings and errors. Not part of the key.
+        about={"variant": "causal", "phase": "decode"},  # the same by topic, for `why-miss`. Not part of the key.
     )
     entry.files["kernel.so"]   # bytes, whole and verified; files that build() wrote, by name
     entry.metadata             # what build() returned

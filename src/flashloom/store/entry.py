@@ -58,6 +58,7 @@ class Entry:
 
     key: Key
     label: str
+    """For people, as `about`."""
     fields: Mapping[str, Any]
     toolchain: Mapping[str, Any]
     metadata: Mapping[str, Any]
@@ -68,6 +69,8 @@ class Entry:
     """Where it came from: "built", "memory", or the path of the store or pack."""
     missed: str = ""
     """Why nothing was found when it was built."""
+    about: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """What it is for, by topic, in words: variant, heads, dtypes, phase. No part of the key."""
     on_reject: Callable[[Entry, str], None] = field(default=lambda entry, reason: None, repr=False, compare=False)
 
     def reject(self, reason: str) -> None:
@@ -84,6 +87,7 @@ def manifest_of(entry: Entry) -> bytes:
             "format": FORMAT,
             "key": entry.key.key,
             "label": entry.label,
+            "about": entry.about,
             "fields": entry.fields,
             "toolchain": entry.toolchain,
             "metadata": entry.metadata,
@@ -132,6 +136,7 @@ def read_entry(manifest: Mapping[str, Any], read: Callable[[str], bytes], origin
         seconds=manifest["seconds"],
         origin=origin,
         missed=manifest["missed"],
+        about=manifest.get("about", {}),
     )
 
 

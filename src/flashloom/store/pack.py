@@ -50,6 +50,7 @@ def write_pack(path: Path, entries: Iterable[Entry], records: Sequence[Mapping[s
                 "request": entry.key.request,
                 "key": entry.key.key,
                 "label": entry.label,
+                "about": entry.about,
                 "fields": entry.fields,
                 "toolchain": entry.toolchain,
                 "metadata": entry.metadata,

@@ -136,6 +136,7 @@ def get_or_build(
     *,
     toolchain: Callable[[], Mapping[str, Any]] = dict,
     label: str = "kernel",
+    about: Mapping[str, str] | None = None,
 ) -> Entry:
     """The entry for what ``fields`` ask, found or built; the package's docstring explains the arguments.
 
@@ -156,11 +157,13 @@ def get_or_build(
         found = _state.memory.get(key) or _read(key)  # another thread may have built it since
         if found is not None:
             return _hit(found)
-        why = _why_missed(fields, tools)
+        why = _why_missed(fields, tools, about or {})
         _refuse_if_sealed(label, why)
         _count(misses=1)
         log.info("miss %s (%s): %s", label, key.key[:12], why)
-        return _build_or_share(key, Entry(key, label, fields, tools, {}, {}, missed=why, on_reject=_reject), build)
+        return _build_or_share(
+            key, Entry(key, label, fields, tools, {}, {}, missed=why, about=about or {}, on_reject=_reject), build
+        )
 
 
 def find(fields: Mapping[str, Any], toolchain: Callable[[], Mapping[str, Any]] = dict) -> Entry | None:
@@ -441,21 +444,28 @@ def _warn(topic: str, message: str) -> None:
         log.info("%s", message)  # the warning has said it once
 
 
-def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any]) -> str:
-    """What is different in the nearest entry. Looks at some of them: the compiler waits for this."""
+def _why_missed(fields: Mapping[str, Any], toolchain: Mapping[str, Any], about: Mapping[str, str]) -> str:
+    """What is different in the nearest entry, in words where the two say what they are for. Looks at some of them: the
+    compiler waits for this."""
     from flashloom.store import evict
 
     asked = {**fields, "toolchain": toolchain}
-    ours = flat(asked)
-    best, fewest = None, 1 << 62
+    ours = flat(asked) | flat(about, "about.")
+    best, fewest, words = None, 1 << 62, []
     for found in on_disk("listing", lambda folder: list(evict.manifests(folder, limit=_LOOKED_AT))) or ():
         other = {**found["fields"], "toolchain": found["toolchain"]}
         if other.get("kind") == fields.get("kind"):
-            theirs = flat(other)
+            theirs = flat(other) | flat(found.get("about", {}), "about.")
             differs = sum(ours.get(name) != theirs.get(name) for name in ours.keys() | theirs.keys())
             if 0 < differs < fewest:
                 best, fewest = other, differs
-    return "; ".join(difference(asked, best)) if best else "nothing of this kind is stored"
+                words = difference(about, found.get("about", {}))
+    if best is None:
+        return "nothing of this kind is stored"
+    told = difference(asked, best)
+    if words:  # then the many constants of a GPU kernel say nothing more
+        told = [one for one in told if not one.startswith(("constants.", "signature:"))]
+    return "; ".join([*words, *told])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flashloom.attention.about import PREFILL, about
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.hopper import config as sizes
 from flashloom.attention.kernels.hopper.config import Config, width
@@ -187,7 +188,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     constants |= dict.fromkeys(("k", "v") if by_rows else ("k_rows", "v_rows"))
     aligned = ("out", "items", "pages", *(n for n in ("k_rows", "v_rows") if by_rows))
     source = Source("flashloom.attention.kernels.hopper.attend", "attend")
-    return GluonKernel(source, signature, constants, aligned, target, 4, 1)
+    return GluonKernel(source, signature, constants, aligned, target, 4, 1, about(spec, PREFILL, form="Hopper"))
 
 
 def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target) -> TritonKernel:

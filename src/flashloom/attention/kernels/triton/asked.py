@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flashloom.attention.about import BOTH, DECODE, PREFILL, about
 from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.triton.config import Config, Need, pieces, power_of_two
 from flashloom.dataclass import dataclass
@@ -96,6 +97,7 @@ def attend_kernel(
     """The attention kernel of a spec; page_size 0 where each request is one run of tokens. own: the program without the
     block pattern, where lists among the program's values say which tiles that leaves."""
     heads, hooks, count = spec.heads, lower.functions(spec.program), parts(form, config)
+    block_m = config.block_m
     judge, lists = hooks, None
     if own is not None:  # what is left of the mask judges the tiles; its parameters stay in their places
         from flashloom.attention.triton_blocks import LISTS
@@ -179,7 +181,20 @@ def attend_kernel(
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))
     source = Source(f"{KERNELS}.attend", "attend")
-    return TritonKernel(source, signature, constants, aligned, target, config.num_warps, config.num_stages)
+    told = about(spec, _phase(spec, block_m), form=_form(form))
+    return TritonKernel(source, signature, constants, aligned, target, config.num_warps, config.num_stages, told)
+
+
+def _phase(spec: AttentionSpec, block_m: int) -> str:
+    """What blocks of so many packed rows are for: a token's heads that fill one leave no difference."""
+    if block_m > max(16, spec.heads.group):
+        return PREFILL
+    return DECODE if spec.heads.group < 16 else BOTH
+
+
+def _form(form: Form) -> str:
+    said = {"unaligned rows": not form.aligned, "scales per page": form.page_scales, "negative scale": form.negative}
+    return ", ".join(name for name, holds in said.items() if holds)
 
 
 def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target, light: int = 0) -> TritonKernel:
@@ -195,7 +210,9 @@ def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target
         "PAGED": paged,
         "LIGHT": light,
     }
-    return TritonKernel(Source(f"{KERNELS}.plan", "plan"), signature, constants, ("items", "scratch"), target, 4, 1)
+    told = {"kernel": "schedule of batches", "heads": f"{spec.heads.q_heads}/{spec.heads.kv_heads}"}
+    source = Source(f"{KERNELS}.plan", "plan")
+    return TritonKernel(source, signature, constants, ("items", "scratch"), target, 4, 1, told)
 
 
 def need(
