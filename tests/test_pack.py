@@ -57,6 +57,16 @@ def test_prepare_builds_what_plans_need(fresh):
         attention(fl.causal & fl.softcap(3.0)).plan(batch(3))
 
 
+def test_work_before_a_first_run_needs_to_know_the_device(monkeypatch):
+    """On a machine with a GPU, batches on the host and an Attention without device= do not say where it computes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    open_ = fl.Attention(HEADS, variant=fl.causal, dtype=torch.float32)
+    for work in (fl.prepare, fl.tune):
+        with pytest.raises(ValueError, match=r'this machine has a GPU: give Attention\(device="cuda"\)'):
+            work(open_, [batch(3)])
+    fl.prepare(attention(), [batch(3)])
+
+
 def test_a_pack_serves_a_process_without_a_compiler(fresh, tmp_path, monkeypatch):
     pack = fl.Pack(targets=[Target.here()])
     pack.add(attention(), [batch(3), fl.Workload("a", HEADS, (1, 1), (5, 6))])

@@ -37,6 +37,9 @@ def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch]
     if isinstance(batches, Batch):
         raise TypeError("batches is one Batch: give a list of them, as in fl.prepare(attention, [batch])")
     asked = [(one, batch) for batch in batches for one in attentions]
+    for one, batch in asked:
+        if batch.host:
+            one.device_before("preparing")
     random.Random(os.getpid()).shuffle(asked)  # so that processes begin with different kernels
     with ThreadPoolExecutor(jobs or job_limit(), "flashloom-prepare") as pool:
         here = [contextvars.copy_context() for _ in asked]  # with the records in force

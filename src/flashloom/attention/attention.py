@@ -118,6 +118,16 @@ class Attention:
         away = (x.device for x in self.values if isinstance(x, Tensor) and x.device.type != "cpu")
         return next(away, torch.device("cpu"))
 
+    def device_before(self, doing: str) -> torch.device:
+        """Where it computes, for work before a first run. Raises ValueError where nothing says so and the machine has a
+        GPU."""
+        if self._settled is None and self.device.type == "cpu" and torch.cuda.is_available():
+            raise ValueError(
+                f"{doing}: neither this Attention nor its batches say where it computes, and this machine has a GPU: "
+                'give Attention(device="cuda"), or device="cpu"'
+            )
+        return self.device
+
     def _settle(self, device: torch.device | None) -> None:
         """From now on it computes there."""
         self.__dict__["_settled"] = device
@@ -279,9 +289,9 @@ class Plan:
                 else:
                     k, v, k_scale, v_scale = self._pair(kv)
                 if k is not None and type(q) is Tensor:
-                    to = self._empty(q) if out is None else out
                     if self._cuda_index is not None:
                         self._check_stream()
+                    to = self._empty(q) if out is None else out
                     if self._repeat(q, k, v, k_scale, v_scale, to):
                         return to
             if (
@@ -302,6 +312,8 @@ class Plan:
                 )
             if kv.signature is not self._kv_signature:
                 self._accept_kv(kv)
+            if self._cuda_index is not None:
+                self._check_stream()
             given = out is not None or lse is not None
             results = out, lse
             if out is None:
@@ -323,8 +335,6 @@ class Plan:
             if self._values_grad:
                 check.fields(self._program, values, self.attention.heads, self._device)
             scale = self._sm_scale if sm_scale is None else check.scale(sm_scale, self._sm_scale)
-            if self._cuda_index is not None:
-                self._check_stream()
             if self._nothing or not kv.k.numel():
                 if not self._nothing:
                     self._no_keys(out, lse)

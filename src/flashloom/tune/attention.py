@@ -94,7 +94,7 @@ class AttentionOperator:
     def __init__(self, attention: Attention, reserve: Reserve | None = None) -> None:
         if attention.spec.batch_invariant:
             raise NothingToTune("batch-invariant attention takes one config for all batches, so none can be tuned")
-        self.attention, self.reserve, self.device = attention, reserve, attention.device
+        self.attention, self.reserve, self.device = attention, reserve, attention.device_before("tuning")
 
     def __reduce__(self) -> tuple[Any, ...]:
         a = self.attention
