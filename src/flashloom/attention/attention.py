@@ -325,6 +325,7 @@ class Plan:
                 or not (out.is_contiguous() or out.stride(-1) == 1)
                 or out.device != self._device
                 or out.requires_grad
+                or out.is_neg()
             ):
                 check.output(out, q, self.attention.heads, self._device)
             if lse is not None or return_lse:
@@ -412,6 +413,7 @@ class Plan:
             or lse.shape != self._out_shape[:-1]
             or lse.dtype is not torch.float32
             or lse.device != self._device
+            or lse.is_neg()
         ):
             check.logsumexp(lse, q, self.attention.heads, self._device)
         return lse

@@ -57,8 +57,8 @@ def tensor(name: str, x: object, form: str, want: torch.dtype, device: torch.dev
             f"{name} is on {x.device} but the plan is for {device}: move it with .to({str(device)!r}) or plan for its "
             "device"
         )
-    plain(name, x)
     grad(name, x)
+    plain(name, x)
     if x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(
             f"{name} has inner stride {x.stride(-1)}: elements of a row must lie side by side (stride 1); use "
@@ -115,6 +115,7 @@ def logsumexp(lse: object, q: torch.Tensor, heads: HeadShape, device: torch.devi
     form = f"[{'requests, ' if q.dim() == 4 else ''}tokens, q_heads] = {list(want)}"
     if not isinstance(lse, torch.Tensor):
         raise TypeError(f"lse is {type(lse).__name__}: give a float32 tensor {form}")
+    plain("lse", lse)
     if lse.dtype != torch.float32:
         raise TypeError(f"lse has dtype {lse.dtype}: must be float32")
     if lse.device != device:

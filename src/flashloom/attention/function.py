@@ -22,6 +22,7 @@ from flashloom.kernel import cuda
 from flashloom.kv_cache.pages import DenseKV, RaggedKV
 from flashloom.variant import causal as causal_variant
 from flashloom.variant import full
+from flashloom.variant.plain import plain, transformed
 from flashloom.variant.ranges import SKIP, tile_verdict
 from flashloom.variant.variant import Variant
 
@@ -136,7 +137,7 @@ def attention(
                 result = _run(call.plan, q, k, v, variant, sm_scale, False, None)
                 call.follow()
                 return result
-    if any(map(_virtual, (q, k, v))):
+    if any(map(transformed, (q, k, v))):
         return _operator(q, k, v, variant, sm_scale, return_lse, False)
     _check(q, k, v, variant, False)
     plan, result = dense(q, k, v, variant, sm_scale, return_lse)
@@ -184,7 +185,7 @@ def _named(
         out = None if out is None else out.transpose(1, 2)
         result = _named(q, k, v, (), variant, sm_scale, return_lse, out, "BHTD", {})
         return tuple(x.transpose(1, 2) for x in result) if return_lse else result.transpose(1, 2)
-    if torch.compiler.is_compiling() or _modes() or any(map(_virtual, (q, k, v))):
+    if torch.compiler.is_compiling() or _modes() or any(map(transformed, (q, k, v))):
         result = _operator(q, k, v, variant, sm_scale, return_lse, layout is not None)
         if out is None:
             return result
@@ -230,14 +231,6 @@ def _refuse(more: tuple, unknown: dict[str, Any]) -> NoReturn:
     raise TypeError(f"fl.attention has no argument {name!r}: give {hint}")
 
 
-def _virtual(x: object) -> bool:
-    """Whether it is a tensor that has no memory of its own, such as a fake one: its class handles operators."""
-    kind: Any = type(x)
-    return kind is not torch.Tensor and isinstance(x, torch.Tensor) and (
-        kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ and not x.is_nested
-    )  # fmt: skip
-
-
 def _operator(q: Any, k: Any, v: Any, variant: Any, sm_scale: Any, return_lse: bool, named: bool) -> Any:
     """The call as an operator of torch.library."""
     from flashloom.attention import library
@@ -261,6 +254,7 @@ def _check(q: Any, k: Any, v: Any, variant: Any, named: bool) -> None:
                 "tokens, dim]"
             )
         check.grad(name, x)
+        plain(name, x)
     if not isinstance(variant, Variant):
         raise TypeError(f"variant is {type(variant).__name__}: give a Variant, such as fl.causal or YourVariant(...)")
     if not named and q.dim() == 4:

@@ -6,6 +6,7 @@ import torch
 
 from flashloom.kv_cache.cache import KV, KV_DTYPES, LARGEST
 from flashloom.kv_cache.integers import on_host
+from flashloom.variant.plain import plain
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -77,6 +78,8 @@ def _check_tokens(name: str, x: object, cache: torch.Tensor) -> None:
     heads, dim = cache.shape[2], cache.shape[3]
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} is {type(x).__name__}: give a tensor [tokens, {heads}, {dim}]")
+    if type(x) is not torch.Tensor or x.is_neg():
+        plain(name, x)
     if x.dtype not in _FLOATS and x.dtype != cache.dtype:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in KV_DTYPES[:3])
         raise TypeError(f"{name} has dtype {x.dtype}: must be {allowed}, or the cache's own {cache.dtype}")

@@ -52,8 +52,9 @@ class KV:
 
 def signature(k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> tuple:
     """Everything about KV tensors that decides whether a plan accepts them; equal signatures are accepted alike."""
-    grad = k.requires_grad or v.requires_grad or k.is_neg() or v.is_neg()
-    form = (k.shape, v.shape, k.dtype, v.dtype, k.device, v.device, k.stride(-1), v.stride(-1), grad)
+    odd = k.requires_grad or v.requires_grad or k.is_neg() or v.is_neg()
+    kinds = type(k), type(v)
+    form = (k.shape, v.shape, k.dtype, v.dtype, k.device, v.device, k.stride(-1), v.stride(-1), odd, kinds)
     if k_scale is None and v_scale is None:
         return form
     return (*form, *(None if s is None else (s.shape, s.dtype, s.device, s.data_ptr()) for s in (k_scale, v_scale)))

@@ -99,8 +99,7 @@ class Capture(TorchFunctionMode):
         return Symbol(ir.const(x.item(), dtype))
 
     def _param(self, x: torch.Tensor) -> Param:
-        memory = x.untyped_storage()
-        key = (memory._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype)
+        key = (_memory(x), x.storage_offset(), x.shape, x.stride(), x.dtype)
         name = self._names.get(key)
         if name is None:
             name = first = name_of(self._base.get(id(x), (x, x))[1], *self.functions) or f"captured{len(self.values)}"
@@ -322,5 +321,13 @@ def _here(kwargs: dict) -> dict:
     return {k: v for k, v in kwargs.items() if v is not NOWHERE}
 
 
+def _memory(x: torch.Tensor) -> int:
+    """What tensors that share memory have in common."""
+    try:
+        return x.untyped_storage()._cdata
+    except NotImplementedError:  # it has none of its own, as within torch.vmap
+        return id(x)
+
+
 def _same_memory(x: torch.Tensor, others: list[torch.Tensor]) -> bool:
-    return any(x is y or x.untyped_storage()._cdata == y.untyped_storage()._cdata for y in others)
+    return any(x is y or _memory(x) == _memory(y) for y in others)
