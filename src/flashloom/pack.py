@@ -30,8 +30,8 @@ def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch]
     later plans find them.
 
     Processes that prepare the same kernels at the same time share the work. jobs: plans made at a time, by default as
-    many as
-    CPUs and memory allow. Raises what `plan` raises.
+    many as CPUs and memory allow. Raises what `plan` raises, and ValueError on a machine with a GPU for an Attention
+    without a device and a batch on the host, which do not say where.
     """
     attentions = [attention] if isinstance(attention, Attention) else list(attention)
     if isinstance(batches, Batch):

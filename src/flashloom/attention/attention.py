@@ -196,7 +196,8 @@ class Plan:
         self._accept_batch(batch)
         self._device = attention.device
         self._cuda_index = self._device.index if self._device.type == "cuda" else None
-        if not (self._open and torch.cuda.is_available()):  # else a kernel made here might be of no use
+        guessed = self._open and self._device.type == "cpu" and torch.cuda.is_available()
+        if not guessed:  # else a kernel made here might be of no use
             self._choose(self._device)
         self.handle = next(_handles)
         PLANS[self.handle] = self
