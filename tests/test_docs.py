@@ -26,7 +26,7 @@ def load(name, path, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/tutorial.md", "docs/batches.md"])
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     # a variant's source is read from its file, as it is for a user's
     found = blocks(ROOT / name)
