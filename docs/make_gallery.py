@@ -22,7 +22,7 @@ INTRODUCTION = """\
 Written by `python docs/make_gallery.py`; do not edit. Every picture shows the weights of one head over 64 tokens, as
 the kernels compute them: rows are queries, columns keys, white is masked, darker is heavier. Each row is scaled to its
 maximum, unless the text says otherwise. Queries and keys are a random walk, so that near tokens are alike, or all equal
-where the variant alone is to be seen.
+where the variant alone is to be seen. Kinds of fields and how each is indexed: [tutorial.md](tutorial.md#2-variants).
 """
 
 

@@ -304,6 +304,7 @@ REFUSED = {
     "numpy array": (lambda s, b, h, i, j: s + ARRAY, "numpy ndarray.*tensor"),
     "numpy array by a position": (lambda s, b, h, i, j: s + ARRAY[i], "numpy array"),
     "numpy function": (lambda s, b, h, i, j: numpy.tanh(s), "torch.tanh"),
+    "dict": (lambda s, b, h, i, j: s + {0: 1.0, 1: 2.0}[h], "key of a dict"),
     "product": (lambda s, b, h, i, j: s @ T2, "sees one"),
     "gather": (lambda s, b, h, i, j: s + T2.gather(0, i), "table"),
     "no result": (lambda s, b, h, i, j: None, "returns None"),
@@ -417,6 +418,9 @@ def blocks(keep):
         (lambda keep: v.from_flex(mask_mod=lambda: True), "called with 4 arguments"),
         (lambda keep: v.from_flex(v.causal), "variant already"),
         (lambda keep: v.from_flex(mask_mod=v.causal), "variant already"),
+        (lambda keep: v.from_flex(block_mask=blocks(keep)), "mask_mod=block_mask.mask_mod"),
+        (lambda keep: v.from_flex(mask_fn=keep), "did you mean 'mask_mod'"),
+        (lambda keep: v.from_flex(None, keep, "absolute"), "by place.*q_index="),
         (lambda keep: v.from_flex(torch.ones(3)), "give a function"),
         (lambda keep: v.from_flex(mask_mod=torch.ones(3, 3, dtype=torch.bool)), "give a function"),
         (lambda keep: v.from_flex(mask_mod=lambda b, h, i, j: i - j), "must return a bool"),
@@ -468,9 +472,18 @@ def test_a_tensor_around_a_class_is_to_be_a_field() -> None:
         def query_transform(self, q, at):
             return q @ T2
 
+    class Taken(v.Variant):
+        def logits_transform(self, logits, at):
+            return logits + torch.take(bias, at.q_head) + {}.get(0, 0)
+
+    class Keyed(v.Variant):
+        def logits_transform(self, logits, at):
+            return logits + {0: 1.0}[at.q_head]
+
     for variant, words in (
+        (Taken(), "write `bias: torch.Tensor`"), (Keyed(), "key of a dict"), (Product(), "sees one"),
         (Closed(gain=1.0), "write `T2: torch.Tensor`"), (Local(), "write `bias: torch.Tensor`"),
-        (Added(), "write `GAIN: torch.Tensor`"), (Attribute(), "write `table: torch.Tensor`"), (Product(), "sees one"),
+        (Added(), "write `GAIN: torch.Tensor`"), (Attribute(), "write `table: torch.Tensor`"),
     ):  # fmt: skip
         with pytest.raises(v.TraceError, match=words):
             _ = variant.program

@@ -190,6 +190,25 @@ def test_a_hook_of_another_signature(hook) -> None:
     assert define(**{hook: staticmethod(eval(f"lambda {', '.join(arguments[1:])}: {body}"))})
 
 
+def test_hooks_of_other_classes() -> None:
+    class Slip:
+        def logit_mask(self, at):
+            return at.kv_pos > 3
+
+    class Mask:
+        def logits_mask(self, at):
+            return at.kv_pos > 3
+
+        def describe(self):
+            return "not for hooks, in a class that is no variant"
+
+    with pytest.raises(TypeError, match=r"Slip\.logit_mask .*did you mean 'logits_mask'"):
+        define(bases=(Slip, v.Variant), logits_transform=scaled)
+    with pytest.raises(TypeError, match=r"write class Mine\(Mask, Variant\)"):
+        define(bases=(v.Variant, Mask), logits_transform=scaled)
+    assert define(bases=(Mask, v.Variant), logits_transform=scaled)().program.mask is not None
+
+
 def test_names_of_every_variant_are_taken() -> None:
     for name in ("program", "values", "explain"):
         with pytest.raises(TypeError, match=f"{name} hides"):
@@ -271,8 +290,9 @@ def initialised(self, w):
         (lambda: Top & v.causal, r"make an instance: Top\(w=..., cap=...\)"),
         (lambda: v.causal & (lambda b, h, i, j: i >= j), "from_flex"),
         (lambda: (lambda b, h, i, j: i >= j) & v.causal, "from_flex"),
-        (lambda: v.causal & torch.ones(3), "only variants"),
-        (lambda: v.causal & None, "only variants"),
+        (lambda: v.causal & torch.ones(3), "Tensor: give a Variant"),
+        (lambda: v.causal & None, "NoneType: give a Variant"),
+        (lambda: v.causal & v.alibi, r"call it: alibi\(...\)"),
         (lambda: v.causal | v.full, "one logits_mask"),
         (lambda: ~v.causal, "~condition"),
         (lambda: v.causal + v.alibi(3), "joined with &"),
@@ -288,6 +308,26 @@ def initialised(self, w):
 def test_what_people_write_gets_the_way_out(use, words) -> None:
     with pytest.raises((TypeError, AttributeError), match=words):
         use()
+
+
+def test_what_is_given_for_a_variant() -> None:
+    q = torch.randn(4, 2, 16)
+    heads = flashloom.HeadShape(2, 2, 16)
+    plan = flashloom.Attention(heads, variant=v.causal, dtype=q.dtype).plan(
+        flashloom.Batch(q_lens=[4], kv=flashloom.RaggedKV([4]))
+    )
+    for given, words in (
+        (Top, r"make an instance: Top\(w=..., cap=...\)"), (v.softcap, r"call it: softcap\(...\)"),
+        (lambda b, h, i, j: i >= j, "from_flex"), ([v.causal, v.alibi(2)], "list: give a Variant"),
+        ("causal", "str: give a Variant"),
+    ):  # fmt: skip
+        for use in (
+            lambda x: flashloom.attention(q, q, q, variant=x),
+            lambda x: flashloom.Attention(heads, variant=x, dtype=q.dtype),
+            lambda x: plan.run(q, (q, q), variant=x),
+        ):
+            with pytest.raises(TypeError, match=words):
+                use(given)
 
 
 def test_a_misspelled_attribute_in_a_hook() -> None:

@@ -102,6 +102,7 @@ REFUSED = {
     "no return": (lambda s, x, at: None, "returns None"),
     "bool": (lambda s, x, at: x > 0, "logits_mask"),
     "numpy": (lambda s, x, at: __import__("numpy").exp(x), "write torch.exp"),
+    "misspelled": (lambda s, x, at: x + at.kv_poz, "did you mean 'kv_pos'"),
     "missing": (lambda s, x, at: x + at.dim, "does not exist in logits_transform"),
     "assign": (lambda s, x, at: setattr(at, "kv_pos", 3), "bind the new value"),
     "bool minus bool": (lambda s, x, at: x + ((at.kv_pos > 1) - (at.kv_pos > 2)), "not defined in torch"),
@@ -167,6 +168,37 @@ def test_fields_are_indexed(hook, words) -> None:
 def test_bad_values_are_refused(make_variant, error, words) -> None:
     with pytest.raises(error, match=words):
         make_variant()
+
+
+def test_sizes_of_fields_are_constants() -> None:
+    class Sized(v.Variant):
+        table: torch.Tensor
+        slopes: v.PerHead
+
+        def logits_transform(self, logits, at):
+            rows, columns = self.table.shape
+            assert (self.table.ndim, self.table.dim(), self.slopes.ndim) == (2, 2, 1)
+            assert self.table.dtype is torch.float16
+            assert self.table.size() == self.table.shape
+            assert self.table.size(-1) == columns
+            assert self.table.numel() == rows * columns
+            return (
+                logits
+                + self.table[at.q_head % len(self.table), at.kv_pos % columns] * self.slopes[len(self.slopes) - 1]
+            )
+
+    def program(rows, columns, heads):
+        return Sized(table=torch.ones(rows, columns).half(), slopes=torch.ones(heads)).program
+
+    assert "mod(kv_pos, 7)" in repr(program(3, 7, 4).logits)
+    assert program(3, 7, 4) == program(3, 7, 4)
+    assert len({program(*sizes) for sizes in ((3, 7, 4), (4, 7, 4), (3, 8, 4), (3, 7, 5))}) == 4
+    for kind, words in ((v.PerRequest, "requests"), (v.PerKeyToken, "key tokens"), (v.PerQueryToken, "query tokens")):
+        mine = type(
+            "Mine", (v.Variant,), {"__annotations__": {"x": kind}, "logits_mask": lambda s, at: at.kv_pos < len(s.x)}
+        )
+        with pytest.raises(TypeError, match=words):
+            _ = mine(x=torch.ones(3)).program
 
 
 def test_class_is_code_and_instance_is_numbers() -> None:

@@ -23,7 +23,7 @@ from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout, place
 from flashloom.kv_cache.views import as_kv
 from flashloom.variant import full
 from flashloom.variant.title import name_of
-from flashloom.variant.variant import Variant
+from flashloom.variant.variant import Variant, advice
 
 _log = logging.getLogger("flashloom")
 _handles = itertools.count(1)
@@ -62,9 +62,7 @@ class Attention:
         if not isinstance(heads, HeadShape):
             raise TypeError(f"heads is {type(heads).__name__}: give a HeadShape(q_heads, kv_heads, dim)")
         if not isinstance(variant, Variant):
-            raise TypeError(
-                f"variant is {type(variant).__name__}: give a Variant, such as fl.causal or YourVariant(...)"
-            )
+            raise TypeError(f"variant is {advice(variant)}")
         check.dtype("dtype", dtype, check.Q_DTYPES)
         kv_dtype = dtype if kv_dtype is None else kv_dtype
         check.dtype("kv_dtype", kv_dtype, KV_DTYPES)
@@ -441,7 +439,7 @@ class Plan:
 
     def _instance(self, variant: Variant) -> tuple[Any, ...]:
         if not isinstance(variant, Variant):
-            raise TypeError(f"variant is {type(variant).__name__}: give another instance of the planned variant")
+            raise TypeError(f"variant is {advice(variant)}")
         if variant.program.digest != self._program.digest:
             raise ValueError(
                 f"variant={variant} is another expression than the planned {self._variant}: run() takes another "

@@ -24,7 +24,7 @@ from flashloom.variant import causal as causal_variant
 from flashloom.variant import full
 from flashloom.variant.plain import plain, transformed
 from flashloom.variant.ranges import SKIP, tile_verdict
-from flashloom.variant.variant import Variant
+from flashloom.variant.variant import Variant, advice
 
 _PLANS_KEPT, _CALLS_KEPT = 64, 256  # per thread
 _SHARING = 4  # plans of one size class; a further shape takes over the one looked up least recently
@@ -256,7 +256,7 @@ def _check(q: Any, k: Any, v: Any, variant: Any, named: bool) -> None:
         check.grad(name, x)
         plain(name, x)
     if not isinstance(variant, Variant):
-        raise TypeError(f"variant is {type(variant).__name__}: give a Variant, such as fl.causal or YourVariant(...)")
+        raise TypeError(f"variant is {advice(variant)}")
     if not named and q.dim() == 4:
         check_order(q, k, variant)
 

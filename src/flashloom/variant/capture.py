@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from flashloom.variant import expr as ir
 from flashloom.variant.expr import BOOL, FLOAT, Expr, Param
 from flashloom.variant.fields import as_value
-from flashloom.variant.foreign import NOWHERE, TraceError, capturing
+from flashloom.variant.foreign import NOWHERE, TraceError, capturing, of_a_key
 from flashloom.variant.names import name_of
 from flashloom.variant.trace import FUNCTIONS, METHODS, TORCH_DTYPES, Symbol, field_symbol, lift
 
@@ -63,6 +63,9 @@ class Capture(TorchFunctionMode):
                 return lift(self.symbol(result))
         except _RefusedError as refused:
             raise refused.error from None
+        except KeyError as error:
+            of_a_key(error)
+            raise
 
     def name(self, x: torch.Tensor) -> str:
         base = self._base.get(id(x), (x, x))[1]

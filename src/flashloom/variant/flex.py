@@ -10,7 +10,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -18,7 +18,7 @@ from flashloom.variant import expr as ir
 from flashloom.variant.capture import Capture
 from flashloom.variant.expr import BOOL, Expr, Param
 from flashloom.variant.library import full
-from flashloom.variant.names import call_of
+from flashloom.variant.names import call_of, near
 from flashloom.variant.trace import AT_NAMES, At, Symbol, TraceError, lift
 from flashloom.variant.variant import Variant
 
@@ -117,7 +117,11 @@ class _FlexBoth(_FlexScore, _FlexMask):
 
 
 def from_flex(
-    score_mod: Callable | None = None, mask_mod: Callable | None = None, *, q_index: str = "local"
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    *more: NoReturn,
+    q_index: str = "local",
+    **unknown: NoReturn,
 ) -> Variant:
     """A variant from FlexAttention functions (PyTorch's `torch.nn.attention.flex_attention`).
 
@@ -132,6 +136,11 @@ def from_flex(
     Raises ValueError for an unknown q_index, TypeError for what is no function of these parameters, TraceError for what
     cannot be traced.
     """
+    if more or unknown:
+        name = next(iter(unknown), "")
+        meant = "give mask_mod=block_mask.mask_mod" if name == "block_mask" else near(name, (*_GIVEN, "q_index"))
+        what = f"no argument {name!r}" if unknown else "two arguments by place"
+        raise TypeError(f"from_flex takes {what}: {meant or 'they are score_mod, mask_mod and q_index='}")
     if q_index not in ("local", "absolute"):
         raise ValueError(f"q_index is {q_index!r}: use 'local' (FlexAttention's own) or 'absolute'")
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):

@@ -36,6 +36,14 @@ def of_one(name: str) -> Any:
     return OF_ONE.get(name) if _capturing.capture is not None else None
 
 
+def of_a_key(error: KeyError) -> None:
+    """Raises TraceError if it was a symbol that a mapping did not find."""
+    if error.args and type(error.args[0]).__name__.endswith("Symbol"):
+        raise TraceError(
+            "a traced value is used as a key of a dict: make the dict a tensor and index that, or use torch.where"
+        ) from None
+
+
 @contextlib.contextmanager
 def capturing(capture: Any) -> Iterator[None]:
     """Within this, tensors that meet symbols are asked of `capture` (see `flashloom.variant.capture`)."""
@@ -73,7 +81,7 @@ UFUNCS = {
     "floor_divide": "floor_divide", "remainder": "remainder", "less": "lt", "less_equal": "le", "greater": "gt",
     "greater_equal": "ge", "equal": "eq", "not_equal": "ne", "bitwise_and": "bitwise_and", "bitwise_or": "bitwise_or",
     "bitwise_xor": "bitwise_xor", "left_shift": "bitwise_left_shift", "right_shift": "bitwise_right_shift",
-    "absolute": "abs", "negative": "neg", "maximum": "maximum", "minimum": "minimum",
+    "absolute": "abs", "negative": "neg", "maximum": "maximum", "minimum": "minimum", "power": "pow",
 }  # fmt: skip
 _PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "einsum", "linear", "inner", "outer", "addmm", "tensordot", "bilinear")
 
@@ -95,5 +103,7 @@ def refuse(name: str, args: tuple, known: Iterable[str]) -> NoReturn:
             "torch.Tensor`, and read self.table[...]",
             tensor,
         )
-    index = "; index a tensor with table[i, j]" if tensor is not None else ""
-    raise TraceError(f"torch.{name} cannot be traced in a hook; available are {', '.join(sorted(known))}{index}")
+    index = "a tensor is read with an index, as in table[i, j]; " if tensor is not None else ""
+    raise TraceError(
+        f"torch.{name} cannot be traced in a hook; {index}available are {', '.join(sorted(known))}", tensor
+    )

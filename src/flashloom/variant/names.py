@@ -43,21 +43,29 @@ def check_class(cls: type, base: type, new: Iterable[str]) -> None:
             if name in new:
                 raise TypeError(f"{title}.{name} is annotated as a field, but is a hook: {signature(name)}")
             _check_hook(title, name, own[name])
+    for owner in _classes(cls, base):
+        for name in HOOK_ARGUMENTS.keys() & vars(owner).keys():
+            if getattr(cls, name) is getattr(base, name):
+                raise TypeError(
+                    f"{owner.__name__}.{name} is hidden by {base.__name__}, which comes before it: write "
+                    f"class {title}({owner.__name__}, {base.__name__})"
+                )
     if not isinstance(own.get("softmax", True), bool):
         raise TypeError(f"{title}.softmax is {own['softmax']!r}: True or False")
-    unknown = [n for n in _attributes(cls) if n not in fields]
-    flags = [n for n in new if isinstance(own.get(n), bool)]
-    if unknown or flags:
+    mixins = [k for k in _classes(cls, base) if k is not cls and not issubclass(k, base)]
+    unknown = [(k, n) for k in (cls, *mixins) for n in _attributes(k) if n not in fields]
+    unknown += [(cls, n) for n in new if isinstance(own.get(n), bool)]
+    if unknown:
         read = _names_read(cls, base)
         if read is None:
             return
-        for name in (*unknown, *flags):
-            value = own[name]
+        for owner, name in unknown:
+            value = vars(owner)[name]
             known = ("softmax",) if isinstance(value, bool) else HOOK_ARGUMENTS if _is_method(value) else ()
             meant = near(name, known, _NEAR) if name not in read else ""
             if meant:
                 what = "hook" if _is_method(value) else "setting of a variant"
-                raise TypeError(f"{title}.{name} is no {what}: {meant}")
+                raise TypeError(f"{owner.__name__}.{name} is no {what}: {meant}")
 
 
 def check_read(cls: type, base: type, used: Iterable[str]) -> None:
@@ -81,10 +89,10 @@ def check_read(cls: type, base: type, used: Iterable[str]) -> None:
         meant = _FLEX.get(name)
         if _is_method(vars(owner)[name]):
             advice = signature(meant) if meant else near(name, HOOK_ARGUMENTS)
+            advice = advice or f"hooks are {', '.join(HOOK_ARGUMENTS)}"
             raise TypeError(
-                f"{owner.__name__}.{name} is no hook, and no hook calls it: {advice or 'hooks are'} "
-                f"{'' if advice else ', '.join(HOOK_ARGUMENTS) + '; '}a method of another use begins with an "
-                "underscore, or is a classmethod or property"
+                f"{owner.__name__}.{name} is no hook, and no hook calls it: {advice}; a method of another use begins "
+                "with an underscore, or is a classmethod or property"
             )
         if has_hook:
             meant = near(name, (*cls._kinds, "softmax"))  # type: ignore[attr-defined]

@@ -30,6 +30,7 @@ from flashloom.variant.expr import (
     make,
 )
 from flashloom.variant.foreign import UFUNCS, TraceError, argument, numpy_number, of_one, refuse
+from flashloom.variant.names import near
 
 TORCH_DTYPES = {getattr(torch, t): t for t in (BOOL, UINT8, INT8, INT16, INT32, INT64, FLOAT, DOUBLE)}
 
@@ -444,6 +445,9 @@ _POSITIONS = {
 }  # fmt: skip
 
 
+_PER_BATCH = {"request": "requests", "query": "query tokens", "key": "key tokens"}
+
+
 def _bare(index: Expr) -> Expr:
     """An index without conversions between integer types."""
     while index.op == "cast" and index.args[0].dtype in INT_BOUNDS:
@@ -466,12 +470,12 @@ def _check_position(p: Param, indices: tuple[Expr, ...]) -> None:
 class Field:
     """A field with one value per index, as a hook sees it. A negative index counts from the end, as in torch (not in
     fields per token). Every index is clamped into the tensor in every language, so that what masked-out positions read
-    is harmless."""
+    is harmless. Its sizes are constants of the kernel."""
 
-    __slots__ = ("_param",)
+    __slots__ = ("_param", "_shape")
 
-    def __init__(self, param: Param):
-        self._param = param
+    def __init__(self, param: Param, shape: tuple[int, ...]):
+        self._param, self._shape = param, shape
 
     def __getitem__(self, index: Any) -> Symbol:
         p = self._param
@@ -511,8 +515,32 @@ class Field:
             return make("add", INT64, (ir.cast(ir.inp("kv_start"), INT64), index))
         return index
 
+    @property
+    def shape(self) -> torch.Size:
+        if self._param.kind in ("request", "query", "key"):
+            raise TraceError(
+                f"the field {self._param.name!r} is as long as the batch has {_PER_BATCH[self._param.kind]}, and a "
+                "kernel serves every batch: use at.q_len, at.kv_len, or a field with the number"
+            )
+        return torch.Size(self._shape)
+
+    ndim = property(lambda self: self._param.rank)
+    dtype = property(lambda self: getattr(torch, self._param.dtype))
+
+    def dim(self) -> int:
+        return self._param.rank
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("shape", "ndim", "dtype", "device", "numel", "size"):
+        if name.startswith("__"):
             raise AttributeError(name)
         lift(self)
 
@@ -522,39 +550,18 @@ class Field:
     __torch_function__ = classmethod(
         lambda cls, func, types, args=(), kwargs=None: [lift(a) for a in args if isinstance(a, Field)]
     )
-    for _name in [
-        "add",
-        "radd",
-        "sub",
-        "rsub",
-        "mul",
-        "rmul",
-        "truediv",
-        "rtruediv",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "eq",
-        "ne",
-        "and",
-        "or",
-        "neg",
-        "bool",
-        "float",
-        "int",
-    ]:
+    for _name in "add radd sub rsub mul rmul truediv rtruediv lt le gt ge eq ne and or neg bool float int".split():
         locals()[f"__{_name}__"] = lambda self, *_: lift(self)
     __hash__ = object.__hash__
     del _name
 
 
-def field_symbol(param: Param) -> Symbol | Field:
+def field_symbol(param: Param, shape: tuple[int, ...] = ()) -> Symbol | Field:
     if param.kind == "scalar":
         return Symbol(make("param", param.traced_dtype, (), param))
     if param.rank == 0:
         return Symbol(make("load", param.traced_dtype, (), param))
-    return Field(param)
+    return Field(param, shape)
 
 
 class At:
@@ -566,10 +573,13 @@ class At:
             object.__setattr__(self, name, Symbol(ir.cast(ir.inp(name), INT64)))  # as torch's indices are
 
     def __getattr__(self, name: str) -> NoReturn:
-        have = ", ".join(k for k in self.__dict__ if not k.startswith("_"))
+        have = [k for k in self.__dict__ if not k.startswith("_")]
         if name.startswith("__"):
             raise AttributeError(name)
-        raise TraceError(f"at.{name} does not exist in {self._hook}; there are {have}")
+        meant = near(name, have)
+        raise TraceError(
+            f"at.{name} does not exist in {self._hook}{'; ' + meant if meant else ''}; there are {', '.join(have)}"
+        )
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise TraceError(f"at.{name} cannot be assigned in a hook: bind the new value to a local name")

@@ -31,6 +31,7 @@ from flashloom.variant.fields import (
     as_value,
     kind_of,
 )
+from flashloom.variant.foreign import of_a_key
 from flashloom.variant.trace import AT_NAMES, At, Field, Symbol, TraceError, VectorSymbol, field_symbol, lift
 
 HOOK_METHODS = {
@@ -125,12 +126,12 @@ class Variant:
 
     def __and__(self, other: Variant) -> Variant:
         if not isinstance(other, Variant):
-            raise TypeError(f"{self} & {_advice(other)}")
+            raise TypeError(f"{self} & {advice(other)}")
         parts = [*self._parts(), *other._parts()]
         return Composed(parts) if len(parts) > 1 else other if other._parts() else self
 
     def __rand__(self, other: object) -> NoReturn:
-        raise TypeError(f"{_advice(other)} & {self}")
+        raise TypeError(f"{advice(other)} & {self}")
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{self} is an instance of a variant already: leave out the ()")
@@ -222,18 +223,20 @@ def _like(value: object) -> str:
     return "torch.Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _advice(other: object) -> str:
-    """What to write for something that a variant was joined with."""
+def advice(other: object) -> str:
+    """What something is that was given for a variant, and what to write instead."""
     if isinstance(other, type) and issubclass(other, Variant):
         fields = ", ".join(f"{n}=..." for n in other._kinds)
         return f"{other.__name__}: that is a class, make an instance: {other.__name__}({fields})"
     if callable(other) and not isinstance(other, type):
         name = getattr(other, "__name__", type(other).__name__)
+        if (getattr(other, "__module__", None) or "").startswith("flashloom."):
+            return f"{name}: that is a function that makes a variant, call it: {name}(...)"
         return (
             f"{name}: a function is no variant; fl.from_flex(mask_mod=...) or fl.from_flex(score_mod=...) makes one "
             "of a FlexAttention function, and a class with hooks (fl.Variant) is one of your own"
         )
-    return f"{type(other).__name__} {other!r}: only variants are joined with &"
+    return f"{type(other).__name__}: give a Variant, such as fl.causal or YourVariant(...); several are joined with &"
 
 
 def _no_operator(sign: str) -> Callable[..., NoReturn]:
@@ -287,7 +290,7 @@ def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
         for name, value in part._fields():
             param = _param(scope + name, part._kinds[name], value)
             params.append((param, value))
-            shadow.__dict__[name] = field_symbol(param)
+            shadow.__dict__[name] = field_symbol(param, getattr(value, "shape", ()))
             named[name] = param
         for hook, method in HOOK_METHODS.items():
             if getattr(type(part), method) is not getattr(Variant, method):
@@ -320,12 +323,16 @@ def _call(part: Variant, method: Callable, hook: str, name: str, previous: Expr)
     at = At(name, AT_NAMES[name])
     label = f"{type(part).__name__}.{name}"
     try:
-        if hook == "mask":
-            result = method(at)
-        elif hook == "output":
-            result = method(Symbol(previous), Symbol(ir.inp("lse")), at)
-        else:
-            result = method(Symbol(previous) if hook == "logits" else VectorSymbol(previous), at)
+        try:
+            if hook == "mask":
+                result = method(at)
+            elif hook == "output":
+                result = method(Symbol(previous), Symbol(ir.inp("lse")), at)
+            else:
+                result = method(Symbol(previous) if hook == "logits" else VectorSymbol(previous), at)
+        except KeyError as error:
+            of_a_key(error)
+            raise
         if result is None:
             raise TraceError("it returns None: return the new value")
         e = lift(result)
