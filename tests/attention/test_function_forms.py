@@ -89,11 +89,12 @@ def test_other_forms_keep_the_reading_of_torch():
         "no mask": fl.full,
         "no rows without keys": fl.sliding_window(2),
         "torch's own causal": fl.from_flex(mask_mod=lambda b, h, i, j: i >= j),
-        "by values": fl.custom_mask(torch.ones(6, 2, dtype=torch.bool)),
+        "by values": fl.custom_mask(torch.arange(6)[:, None].expand(6, 2) > 3),  # whose first rows see nothing
     }
     kept = {
         "no rows without keys": torch.arange(2) >= torch.arange(6)[:, None] - 4 - 2,
         "torch's own causal": torch.ones(6, 2, dtype=torch.bool).tril(),
+        "by values": torch.arange(6)[:, None].expand(6, 2) > 3,
     }
     for name, variant in forms.items():
         got = fl.attention(q, k, k, variant=variant)
@@ -292,3 +293,38 @@ def test_under_autocast_dtypes_are_those_of_the_tensors():
     q, k, v = inputs(4)
     with torch.autocast("cpu", torch.bfloat16):
         assert fl.attention(q, k, v).dtype == torch.float32
+
+
+COMPILED = {
+    "causal": (False, {"causal": True}),
+    "both": (False, {"causal": True, "variant": fl.softcap(3.0)}),
+    "layout": (True, {"layout": "BTHD"}),
+    "all": (True, {"layout": "BTHD", "causal": True, "variant": fl.softcap(3.0), "return_lse": True}),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_whole(name):
+    tokens_first, options = COMPILED[name]
+    torch._dynamo.reset()
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 7, 16)
+    if tokens_first:
+        q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
+
+    def call(q, k):
+        return fl.attention(q, k, k, **options)
+
+    def into(q, k):
+        out = torch.empty_like(q)
+        fl.attention(q, k, k, out=out, **options)
+        return out
+
+    for one in (call, into):
+        compiled = torch.compile(one, fullgraph=True, backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(q, k), one(q, k))
+            q, k = torch.randn_like(q), torch.randn_like(k)
+    torch._dynamo.reset()
+    graph = torch.compile(lambda q, k: fl.attention(q, k, k, causal=True), fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match='layout="BTHD"'):
+        graph(torch.randn(1, 4, 9, 16), torch.randn(1, 2, 3, 16))

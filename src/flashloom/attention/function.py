@@ -9,6 +9,7 @@ import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,7 @@ from flashloom.kernel import cuda
 from flashloom.kv_cache.pages import DenseKV, RaggedKV
 from flashloom.variant import causal as causal_variant
 from flashloom.variant import full
+from flashloom.variant.expr import Expr, all_of, topological
 from flashloom.variant.plain import plain, transformed
 from flashloom.variant.ranges import SKIP, tile_verdict
 from flashloom.variant.variant import Variant, advice
@@ -108,12 +110,12 @@ def attention(
     empty, without keys 0 and -inf. Autocast changes nothing: dtypes are those of the tensors. Plans are kept for recent
     classes of shapes. A CUDA graph captures calls on tensors of shapes that were called with before. Raises TypeError,
     ValueError or RuntimeError for what does not fit."""
-    if causal:
-        variant = _causal(variant)
+    if causal and not torch.compiler.is_compiling():  # no variant is made in a trace
+        variant, causal = _causal(variant), False
     if more or unknown or layout is not None or out is not None:
-        return _named(q, k, v, more, variant, sm_scale, return_lse, out, layout, unknown)
+        return _named(q, k, v, more, variant, causal, sm_scale, return_lse, out, layout, unknown)
     if torch.compiler.is_compiling() or _modes():
-        return _operator(q, k, v, variant, sm_scale, return_lse, False)
+        return _operator(q, k, v, variant, sm_scale, return_lse, False, causal)
     key = None
     if type(q) is type(k) is torch.Tensor and not return_lse and (sm_scale is None or type(sm_scale) is float):
         device = q.get_device()
@@ -159,8 +161,8 @@ def _causal(variant: Any) -> Any:
 
 
 def _named(
-    q: Any, k: Any, v: Any, more: tuple, variant: Any, sm_scale: Any, return_lse: bool, out: Any, layout: Any,
-    unknown: dict[str, Any],
+    q: Any, k: Any, v: Any, more: tuple, variant: Any, causal: bool, sm_scale: Any, return_lse: bool, out: Any,
+    layout: Any, unknown: dict[str, Any],
 ) -> Any:  # fmt: skip
     """`attention` with arguments by which calls are not repeated at once."""
     if more or unknown:
@@ -183,10 +185,10 @@ def _named(
     if layout == "BTHD":
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = None if out is None else out.transpose(1, 2)
-        result = _named(q, k, v, (), variant, sm_scale, return_lse, out, "BHTD", {})
+        result = _named(q, k, v, (), variant, causal, sm_scale, return_lse, out, "BHTD", {})
         return tuple(x.transpose(1, 2) for x in result) if return_lse else result.transpose(1, 2)
     if torch.compiler.is_compiling() or _modes() or any(map(transformed, (q, k, v))):
-        result = _operator(q, k, v, variant, sm_scale, return_lse, layout is not None)
+        result = _operator(q, k, v, variant, sm_scale, return_lse, layout is not None, causal)
         if out is None:
             return result
         out.copy_(result[0] if return_lse else result)
@@ -231,11 +233,13 @@ def _refuse(more: tuple, unknown: dict[str, Any]) -> NoReturn:
     raise TypeError(f"fl.attention has no argument {name!r}: give {hint}")
 
 
-def _operator(q: Any, k: Any, v: Any, variant: Any, sm_scale: Any, return_lse: bool, named: bool) -> Any:
+def _operator(
+    q: Any, k: Any, v: Any, variant: Any, sm_scale: Any, return_lse: bool, named: bool, causal: bool = False
+) -> Any:
     """The call as an operator of torch.library."""
     from flashloom.attention import library
 
-    return library.dense(q, k, v, variant, sm_scale, return_lse, named)
+    return library.dense(q, k, v, variant, sm_scale, return_lse, named, causal)
 
 
 def _check(q: Any, k: Any, v: Any, variant: Any, named: bool) -> None:
@@ -261,16 +265,23 @@ def _check(q: Any, k: Any, v: Any, variant: Any, named: bool) -> None:
         check_order(q, k, variant)
 
 
+def _conditions(mask: Expr) -> list[Expr]:
+    """What is ANDed."""
+    return [mask] if mask.op != "and" else [e for part in mask.args for e in _conditions(part)]
+
+
 def check_order(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> None:
     """A causal batch with more queries than keys has rows that see nothing; most often its axes are in flash-attn's
-    order."""
-    queries, keys = q.shape[2], k.shape[2]
-    if not 0 < keys < queries or not q.shape[0] or variant.program.mask is None:
+    order. What tensors of the variant say is another matter."""
+    queries, keys, program = q.shape[2], k.shape[2], variant.program
+    if not 0 < keys < queries or not q.shape[0] or program.mask is None:
         return
+    fixed = [e for e in _conditions(program.mask) if all(node.op != "load" for node in topological(e))]
+    program = replace(program, mask=all_of(*fixed))
     place = {"batch": 0, "kv_head": 0, "q_len": queries, "kv_len": keys, "q_start": 0, "kv_start": 0}
     pairs = {"q_head_lo": 0, "q_head_hi": q.shape[1] - 1, "kv_pos_lo": 0, "kv_pos_hi": keys - 1}
     first = {"q_pos_lo": keys - queries, "q_pos_hi": -1}
-    if tile_verdict(variant.program, variant.values, {**place, **pairs, **first}) == SKIP:
+    if tile_verdict(program, variant.values, {**place, **pairs, **first}) == SKIP:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}, which as [batch, heads, tokens, dim] are {queries} "
             f"queries over {keys} keys: under this mask the first {queries - keys} rows see no key. For flash-attn's "

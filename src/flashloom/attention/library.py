@@ -25,8 +25,8 @@ _library.define(
     "bool views, bool partial, float? sm_scale=None, bool given=True, bool lse_given=True) -> ()"
 )
 _library.define(
-    "attention(Tensor q, Tensor k, Tensor v, int variant, float? sm_scale, bool return_lse, bool named=False) -> "
-    "(Tensor, Tensor)"
+    "attention(Tensor q, Tensor k, Tensor v, int variant, float? sm_scale, bool return_lse, bool named=False, "
+    "bool causal=False) -> (Tensor, Tensor)"
 )
 
 
@@ -69,12 +69,13 @@ def run(
 
 
 def dense(
-    q: Tensor, k: Tensor, v: Tensor, variant: Variant, sm_scale: float | None, return_lse: bool, named: bool = False
-) -> Any:
+    q: Tensor, k: Tensor, v: Tensor, variant: Variant, sm_scale: float | None, return_lse: bool, named: bool = False,
+    causal: bool = False,
+) -> Any:  # fmt: skip
     """`fl.attention` while it is being traced."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check.grad(name, x)
-    out, lse = torch.ops.flashloom.attention(q, k, v, variant._handle, sm_scale, return_lse, named)
+    out, lse = torch.ops.flashloom.attention(q, k, v, variant._handle, sm_scale, return_lse, named, causal)
     return (out, lse) if return_lse else out
 
 
@@ -113,18 +114,22 @@ def _run(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool, named: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool, named: bool = False,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from flashloom.attention.function import attention
 
-    layout = "BHTD" if named else None
-    result = attention(q, k, v, variant=_variant(variant), sm_scale=sm_scale, return_lse=return_lse, layout=layout)
+    layout, chosen = "BHTD" if named else None, _variant(variant)
+    result = attention(
+        q, k, v, variant=chosen, causal=causal, sm_scale=sm_scale, return_lse=return_lse, layout=layout
+    )  # fmt: skip
     return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
 
 
 def _dense_fake(
-    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool, named: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, variant: int, sm_scale: float | None, return_lse: bool, named: bool = False,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = torch.bfloat16 if q.dtype.itemsize == 1 else q.dtype
     rows = q.transpose(1, 2) if q.dim() == 4 else q
     out, lse = like(rows, v.shape[-1], dtype), like(rows, None, torch.float32)
