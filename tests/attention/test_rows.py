@@ -90,6 +90,20 @@ def test_an_attention_does_not_change(name):
     assert not hasattr(attn, "varaint")
 
 
+def test_what_a_plan_has_accepted_does_not_change_under_it():
+    cache = fl.PagedKVCache(1, 6, 4, HEADS, torch.float32, "cpu", k_scale=0.5)
+    for name in ("k", "v", "k_scale", "v_scale", "layout", "anything"):
+        with pytest.raises(AttributeError, match=f"layer of a cache does not change.*{name}"):
+            setattr(cache[0], name, torch.ones(1))
+        with pytest.raises(AttributeError, match=f"a cache does not change: make another one with {name}="):
+            setattr(cache, name, torch.ones(1))
+    plan, _ = prepared()
+    assert plan.variant is fl.causal
+    for name in ("variant", "batch", "device", "executor"):
+        with pytest.raises(AttributeError, match=name):
+            setattr(plan, name, fl.full)
+
+
 def test_an_attention_is_planned_not_called():
     attn = fl.Attention(HEADS, variant=fl.causal, dtype=torch.float32, device="cpu")
     with pytest.raises(AttributeError, match=r"no 'run': plan = attention.plan\(batch\), then plan.run"):

@@ -544,6 +544,11 @@ class Plan:
     # --- looking ---
 
     @property
+    def variant(self) -> Variant:
+        """What `run` computes unless it is given another instance; `update(variant=)` replaces it."""
+        return self._variant
+
+    @property
     def batch(self) -> Batch:
         """The batch that `run` computes now."""
         return self._batch

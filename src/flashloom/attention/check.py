@@ -142,19 +142,18 @@ def keys_values(
     kv: KV, heads: HeadShape, want: torch.dtype, device: torch.device, batch: Batch, contents: bool
 ) -> None:
     """Keys and values as 4-D views against the plan's heads, dtype, device and batch."""
-    size = "tokens" if batch.ragged else "pages, page_size"
+    size = {"ragged": "tokens", "dense": "requests, tokens"}.get(batch.kind, "pages, page_size")
     for name, x, width in (("k", kv.k, heads.dim), ("v", kv.v, heads.value_dim)):
         form = f"[{size}, kv_heads, {'dim' if name == 'k' else 'value_dim'}]"
         tensor(name, x, form, want, device)
         shape = (x.shape[0], *x.shape[2:]) if batch.ragged else tuple(x.shape)
         wanted = (x.shape[0], heads.kv_heads, width) if batch.ragged else (x.shape[0], batch.row, heads.kv_heads, width)
         if shape != wanted:
-            number = "tokens" if batch.ragged else "pages"
+            number = size.split(",")[0]
             listed = ", ".join([number, *map(str, wanted[1:])])
-            raise ValueError(
-                f"{name} is {list(shape)} as {form}: must be [{listed}]; check the heads, the page size and layout= of "
-                "Attention"
-            )
+            look = {"ragged": "the heads", "dense": "the heads, the batch's DenseKV(requests, tokens) and layout="}
+            hint = look.get(batch.kind, "the heads, the page size and layout=")
+            raise ValueError(f"{name} is {list(shape)} as {form}: must be [{listed}]; check {hint} of Attention")
     if kv.k.shape[0] != kv.v.shape[0]:
         raise ValueError(f"k has {kv.k.shape[0]} {size.split(',')[0]} and v {kv.v.shape[0]}: must be the same")
     if batch.host:

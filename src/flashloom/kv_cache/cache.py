@@ -25,6 +25,13 @@ class KV:
     kv_heads] or None (1)."""
 
     __slots__ = ("__weakref__", "k", "k_scale", "layout", "signature", "v", "v_scale")
+    if TYPE_CHECKING:
+        k: torch.Tensor
+        v: torch.Tensor
+        k_scale: torch.Tensor | None
+        v_scale: torch.Tensor | None
+        layout: str
+        signature: tuple
 
     def __init__(
         self,
@@ -34,9 +41,19 @@ class KV:
         v_scale: torch.Tensor | None = None,
         layout: str = "NHD",
     ):
-        self.k, self.v, self.k_scale, self.v_scale = k, v, k_scale, v_scale
-        self.layout = layout  # the memory order, for information: the views already have the logical one
-        self.signature = signature(k, v, k_scale, v_scale)
+        _set_k(self, k)
+        _set_v(self, v)
+        _set_k_scale(self, k_scale)
+        _set_v_scale(self, v_scale)
+        _set_layout(self, layout)  # the memory order, for information: the views already have the logical one
+        _set_signature(self, signature(k, v, k_scale, v_scale))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        # a plan that has accepted it would go on with what it was
+        raise AttributeError(
+            f"a layer of a cache does not change: write into .k and .v, or pass run() a tuple (k, v, k_scale, v_scale) "
+            f"for another {name}"
+        )
 
     def __repr__(self) -> str:
         k, v = self.k, self.v
@@ -48,6 +65,12 @@ class KV:
         raise TypeError("a layer of a cache is not indexed: its keys and values are .k and .v [pages, page_size, ...]")
 
     __iter__ = __len__ = None  # it is no pair of keys and values either
+
+
+# past __setattr__, as plain assignments would
+_set_k, _set_v, _set_k_scale, _set_v_scale, _set_layout, _set_signature = (
+    KV.__dict__[name].__set__ for name in ("k", "v", "k_scale", "v_scale", "layout", "signature")
+)
 
 
 def signature(k: torch.Tensor, v: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> tuple:
@@ -158,7 +181,13 @@ class PagedKVCache:
             self.v_scale = self.k_scale  # values are keys
         self._kv = [KV(self._keys[i], self._values[i], self.k_scale, self.v_scale, self.layout) for i in range(layers)]
         for kv in self._kv[1:]:
-            kv.signature = self._kv[0].signature  # one object, so that a plan compares layers by identity
+            _set_signature(kv, self._kv[0].signature)  # one object, so that a plan compares layers by identity
+        self._made = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "_made" in self.__dict__:
+            raise AttributeError(f"a cache does not change: make another one with {name}=...")
+        super().__setattr__(name, value)
 
     def _storage(self, width: int) -> torch.Tensor:
         shape = [self.layers, self.pages, self.page_size, self.heads.kv_heads, width]
