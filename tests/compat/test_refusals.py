@@ -101,6 +101,47 @@ def test_a_failed_level_leaves_a_cascade_without_a_plan():
             wrapper.run(case.q, case.kv)
 
 
+def test_a_failed_plan_of_both_leaves_none():
+    chunks, case = Case(), Case([9, 4, 1, 13], [1] * 4)
+    both = flashinfer.BatchPODWithPagedKVCacheWrapper(workspace())
+    sizes = (offsets([1] * 4), *case.table, HQ, HK, D, PAGE)
+    run = lambda **o: both.run(chunks.q, chunks.kv, case.q, case.kv, causal_p=True, **o)  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"call plan\(\)"):
+        run()
+    both.plan(chunks.q_indptr, *chunks.table, *sizes, q_data_type=torch.float32)
+    close(run()[0], chunks.want(causal=True)[0])
+    with pytest.raises(ValueError):
+        both.plan(chunks.q_indptr, *chunks.table, offsets([1] * 4), case.indptr, case.indices[:1], *sizes[3:])
+    with pytest.raises((RuntimeError, ValueError)):
+        run()
+    both.plan(chunks.q_indptr, chunks.indptr, chunks.indices[:1], chunks.last, *sizes, q_data_type=torch.float32)
+    with pytest.raises(ValueError, match="page indices"):  # whether they are causal, and so their plan, is run()'s
+        run()
+    both.plan(chunks.q_indptr, *chunks.table, *sizes, q_data_type=torch.float32)
+    first, second = run(
+        q_scale=2.0, k_scale=0.25, v_scale=3.0
+    )  # of the decodes alone, as FlashInfer's documentation says
+    close(first, chunks.want(causal=True)[0])
+    close(second, case.want(scale=0.5 * D**-0.5)[0] * 3)
+
+
+def test_what_pod_is_told_of_decodes_must_be_what_was_planned():
+    case = Case([9, 4, 1, 13], [1] * 4)
+    wrapper = decode(case, flashinfer.PODWithPagedKVCacheWrapper(workspace()), window_left=3, sm_scale=0.4)
+    q, k, v = torch.randn(5, HQ, D), *torch.randn(2, 9, HK, D)
+    run = lambda **o: wrapper.run(q, k, v, case.q, case.kv, causal_p=True, **o)[1]  # noqa: E731
+    for options in ({}, {"window_left_d": 3, "sm_scale_d": 0.4, "kv_layout_d": "NHD"}):
+        close(run(**options), case.want(window=3, scale=0.4)[0])
+    for options in (
+        {"window_left_d": 4},
+        {"sm_scale_d": 0.5},
+        {"kv_layout_d": "HND"},
+        {"pos_encoding_mode_d": "ALIBI"},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*say it to plan"):
+            run(**options)
+
+
 # --- appends ---
 
 
@@ -375,6 +416,36 @@ def test_masks_of_another_size():
     q, k = torch.randn(3, HQ, D), torch.randn(5, HK, D)
     with pytest.raises(ValueError, match=r"\[qo_len, kv_len\] = \[3, 5\]"):
         flashinfer.single_prefill_with_kv_cache(q, k, k, custom_mask=torch.ones(5, 3, dtype=torch.bool))
+
+
+def test_batches_without_requests_or_tokens():
+    none, empty = torch.empty(0, HQ, D), int32([])
+    cache, rows = torch.randn(3, 2, PAGE, HK, D), torch.empty(0, HK, D)
+    paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace())
+    paged.plan(int32([0]), int32([0]), empty, empty, HQ, HK, D, PAGE, causal=True, q_data_type=torch.float32)
+    steps = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    steps.plan(int32([0]), empty, empty, HQ, HK, D, PAGE, q_data_type=torch.float32)
+    ragged_one = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace())
+    ragged_one.plan(int32([0]), int32([0]), HQ, HK, D, q_data_type=torch.float32)
+    for out, lse in (
+        paged.run(none, cache, return_lse=True),
+        steps.run(none, cache, return_lse=True),
+        ragged_one.run(none, rows, rows, return_lse=True),
+    ):
+        assert out.shape == (0, HQ, D)
+        assert lse.shape == (0, HQ)
+    table = torch.zeros(0, 2, dtype=torch.int32)
+    out = flashinfer.xqa_batch_decode_with_kv_cache(none, cache, workspace(), table, empty, 1)
+    assert out.shape == (0, HQ, D)
+    before = cache.clone()
+    flashinfer.append_paged_kv_cache(rows, rows, empty, empty, cache, empty, int32([0]), empty)
+    assert cache.equal(before)
+    with pytest.raises(ValueError, match="batch_indices holds 0"):
+        flashinfer.append_paged_kv_cache(
+            torch.ones(1, HK, D), torch.ones(1, HK, D), int32([0]), int32([0]), cache, empty, int32([0]), empty
+        )
+    idle = Case([9, 0, 4], [2, 0, 0])  # requests without tokens, without keys
+    close(prefill(idle, causal=True).run(idle.q, idle.kv), idle.want(causal=True)[0])
 
 
 def test_block_tables_with_rows_or_outputs_that_do_not_fit():

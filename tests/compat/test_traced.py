@@ -154,6 +154,17 @@ def test_cascades_and_mixed_calls():
     close(second, steps.want()[0])
 
 
+def test_prefills_and_decodes_of_two_batches_after_one_call_outside():
+    chunks, case = Case(), Case([9, 4, 1, 13], [1] * 4)
+    both = flashinfer.BatchPODWithPagedKVCacheWrapper(workspace())
+    arrays = (chunks.q_indptr, *chunks.table, offsets([1] * 4), *case.table)
+    both.plan(*arrays, HQ, HK, D, PAGE, q_data_type=torch.float32)
+    both.run(chunks.q, chunks.kv, case.q, case.kv, causal_p=True)
+    first, second = whole(lambda *x: both.run(*x, causal_p=True))(chunks.q, chunks.kv, case.q, case.kv)
+    close(first, chunks.want(causal=True)[0])
+    close(second, case.want()[0])
+
+
 def test_helpers():
     lens = int32([5, 7])
     got = whole(lambda a, b: flashinfer.get_batch_indices_positions(a, b, 4))(offsets([1, 3]), lens)

@@ -451,7 +451,11 @@ class Wrapper:
             and k.dtype.itemsize > 1
             and not (isinstance(v_scale, torch.Tensor) and v_scale.numel() > 1)
         ):
-            factor, v_scale = (None if isinstance(v_scale, float) and v_scale == 1.0 else v_scale), None
+            factor, v_scale = v_scale, None
+            if isinstance(factor, torch.Tensor):
+                factor = factor.reshape(())
+            elif factor == 1.0:
+                factor = None
         device = self._plans.device
         shape = (q.shape[0], q.shape[1], form.value_dim)
         return Call(

@@ -69,9 +69,14 @@ class PODWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
         *args: Any,
     ) -> Any:
         """(out of the prefill, out of the decodes); with return_lse_p or return_lse_d the part is (out, lse). What is
-        said of the decodes here gives way to plan(), as in FlashInfer."""
+        said of the decodes here, plan() must have said: FlashInfer ignores it here."""
         if custom_mask_d is not None or packed_custom_mask_d is not None:
             raise NotImplementedError("custom_mask_d: decodes with a mask of their own are not supported")
+        self._check_decodes(
+            pos_encoding_mode=(pos_encoding_mode_d, "NONE"), sm_scale=(sm_scale_d, None),
+            kv_layout=(kv_layout_d, "NHD"), window_left=(window_left_d, -1), rope_scale=(rope_scale_d, None),
+            rope_theta=(rope_theta_d, None),
+        )  # fmt: skip
         prefill = single_prefill_with_kv_cache(
             q_p, k_p, v_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, causal=causal_p,
             kv_layout=kv_layout_p, pos_encoding_mode=pos_encoding_mode_p, sm_scale=sm_scale_p,
@@ -82,6 +87,13 @@ class PODWithPagedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
         )
         return prefill, decode
 
+    def _check_decodes(self, **said: tuple[Any, Any]) -> None:
+        """Raise ValueError where run() says another rule of the decodes than plan() did."""
+        for name, (value, default) in said.items():
+            planned = getattr(self, f"_{name}")
+            if value not in (default, planned):
+                raise ValueError(f"{name}_d={value!r}, but plan() was given {planned!r}: say it to plan()")
+
 
 class BatchPODWithPagedKVCacheWrapper:
     """Prefills and decodes of two batches over pages, planned together."""
@@ -90,6 +102,7 @@ class BatchPODWithPagedKVCacheWrapper:
         self._prefill, self._decode = (
             BatchPrefillWithPagedKVCacheWrapper(float_workspace_buffer, kv_layout) for _ in range(2)
         )
+        self._asked: tuple[tuple, dict[str, Any]] | None = None
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -126,6 +139,7 @@ class BatchPODWithPagedKVCacheWrapper:
             "rope_theta": rope_theta, "non_blocking": non_blocking,
         }  # fmt: skip
         heads = num_qo_heads, num_kv_heads, head_dim, page_size
+        self._prefill._plans.batch = None  # until run() plans it
         self._asked = (qo_indptr_p, kv_indptr_p, kv_indices_p, last_page_len_p, *heads), options
         self._causal: bool | None = None
         self._decode.plan(qo_indptr_d, kv_indptr_d, kv_indices_d, last_page_len_d, *heads, **options)
@@ -146,7 +160,10 @@ class BatchPODWithPagedKVCacheWrapper:
         use_fp16_qk_reduction: bool = False,
         enable_pdl: bool | None = None,
     ) -> Any:
-        """(out of the prefills, out of the decodes), each (out, lse) with return_lse."""
+        """(out of the prefills, out of the decodes), each (out, lse) with return_lse. The three scales are those of
+        the decodes, as in FlashInfer."""
+        if self._asked is None:
+            raise RuntimeError(f"{type(self).__name__}: call plan() before run()")
         arrays, options = self._asked
         masks = custom_mask_p is not None or packed_custom_mask_p is not None
         if masks or self._causal != causal_p:
@@ -154,8 +171,10 @@ class BatchPODWithPagedKVCacheWrapper:
                 *arrays, causal=causal_p, custom_mask=custom_mask_p, packed_custom_mask=packed_custom_mask_p, **options
             )
             self._causal = None if masks else causal_p
-        scales: dict[str, Any] = {"q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale, "return_lse": return_lse}
-        return self._prefill.run(q_p, paged_kv_cache_p, **scales), self._decode.run(q_d, paged_kv_cache_d, **scales)
+        prefill = self._prefill.run(q_p, paged_kv_cache_p, return_lse=return_lse)
+        return prefill, self._decode.run(
+            q_d, paged_kv_cache_d, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse
+        )
 
     def end_forward(self) -> None:
         """Nothing to do; the name is of earlier versions."""
