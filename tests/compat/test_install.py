@@ -89,8 +89,8 @@ def test_programs_that_are_not_there_are_one_sentence(tmp_path):
     (tmp_path / "package" / "__init__.py").write_text("")
     (tmp_path / "broken.py").write_text("import nosuchmodule")
     for arguments, said in (
-        (["nofile.py"], "nofile.py does not exist: give the path"),
-        (["package"], "package is a folder without __main__.py"),
+        (["nofile.py"], "nofile.py cannot be read (No such file or directory): give the path"),
+        (["package"], "package/__main__.py cannot be read"),
         (["-m", "nomodule"], "no module 'nomodule' on the path"),
         (["-m", "nomodule.inner"], "no module 'nomodule.inner' on the path"),
         (["-m", "package.inner"], "no module 'package.inner' on the path"),

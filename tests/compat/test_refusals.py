@@ -314,6 +314,23 @@ def test_xqa_scales_float8_results_by_the_reciprocal():
             )  # fmt: skip
 
 
+def test_scales_of_one_element_have_any_rank():
+    case = Case([9, 4, 1, 13], [1] * 4)
+    want = case.want(scale=0.5 * D**-0.5)[0] * 3
+    for shape in ((), (1,), (1, 1), (1, 1, 1, 1)):
+        k_scale, v_scale = torch.full(shape, 0.5), torch.full(shape, 3.0)
+        close(decode(case).run(case.q, case.kv, k_scale=k_scale, v_scale=v_scale), want)
+        close(prefill(case).run(case.q, case.kv, q_scale=k_scale, v_scale=v_scale), want)
+        close(ragged(case, causal=False).run(case.q, *rows_of(case), k_scale=k_scale, v_scale=v_scale), want)
+        got = flashinfer.xqa_batch_decode_with_kv_cache(
+            case.q, case.kv, workspace(), block_table(case), int32(case.kv_lens), 13, k_scale * D**-0.5, v_scale
+        )
+        close(got, want)
+    with pytest.raises(NotImplementedError, match=r"o_scale=2\.0.*v_scale="):
+        ragged(case).run(case.q, *rows_of(case), o_scale=2.0)
+    close(ragged(case, causal=False).run(case.q, *rows_of(case), o_scale=1.0), case.want()[0])
+
+
 def sink_calls(case, sinks):
     table, lens = block_table(case), int32(case.kv_lens)
     out = torch.empty(4, 1, HQ, D)

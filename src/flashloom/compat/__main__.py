@@ -27,9 +27,13 @@ def main() -> None:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
     else:
         script, sys.argv = Path(arguments[0]), arguments
-        if not (script.is_file() or (script.is_dir() and (script / "__main__.py").is_file())):
-            what = "is a folder without __main__.py" if script.is_dir() else "does not exist"
-            raise SystemExit(f"{script} {what}: give the path of a Python program, or -m and a module's name")
+        try:
+            (script / "__main__.py" if script.is_dir() else script).open("rb").close()
+        except OSError as error:
+            raise SystemExit(
+                f"{error.filename} cannot be read ({error.strerror}): give the path of a Python program, or -m and a "
+                "module's name"
+            ) from None
         sys.path.insert(0, str(script.resolve().parent))
         runpy.run_path(arguments[0], run_name="__main__")
 

@@ -84,7 +84,7 @@ def _run(
     found = _wrappers.get(wrapper)
     if found is None:
         raise RuntimeError("the wrapper of this compiled function no longer exists: keep it alive beside the function")
-    q_scale, k_scale, v_scale, o_scale, sinks, *args = _join(tensors, numbers)
+    q_scale, k_scale, v_scale, sinks, *args = _join(tensors, numbers)
     override = None
     if encoding:
         causal, window_left, soft_cap, sm_scale, rope_scale, rope_theta = rules
@@ -92,7 +92,7 @@ def _run(
         override = encoding, int(window_left), soft_cap, sm_scale, rope_scale, rope_theta, given
     found._attend(
         q, tuple(cache) if found._ragged else (_cache(cache),), tuple(args), q_scale=q_scale, k_scale=k_scale,
-        v_scale=v_scale, o_scale=o_scale, out=out, lse=lse, return_lse=lse is not None, lse_base=lse_base,
+        v_scale=v_scale, out=out, lse=lse, return_lse=lse is not None, lse_base=lse_base,
         lse_layout=lse_layout, sinks=sinks, override=override,
     )  # fmt: skip
 

@@ -343,7 +343,6 @@ class Wrapper:
         q_scale: Any = None,
         k_scale: Any = None,
         v_scale: Any = None,
-        o_scale: float | None = None,
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
@@ -355,7 +354,7 @@ class Wrapper:
         """run() of every wrapper. cache: (the paged cache,), or (k, v) of ragged keys; override: what forward() says in
         place of plan()."""
         if is_compiling():
-            values = (q_scale, k_scale, v_scale, o_scale, sinks, *args)
+            values = (q_scale, k_scale, v_scale, sinks, *args)
             return self._traced(q, cache, values, out, lse, return_lse, lse_base, lse_layout, override)
         if override is not None:
             self._override(*override)
@@ -405,7 +404,7 @@ class Wrapper:
         if call.factor is not None:
             target.mul_(call.factor)
         if o_dtype.itemsize == 1:
-            small = utils.narrow(target if o_scale is None else target * o_scale, o_dtype)
+            small = utils.narrow(target, o_dtype)
             target = small if out is None else out.copy_(small)
         if not return_lse:
             return target

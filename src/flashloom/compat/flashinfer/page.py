@@ -48,9 +48,12 @@ def append_paged_kv_cache(
     host = all(x.device.type == "cpu" for x in arrays)
     if host:
         plans.check_offsets("kv_indptr", kv_indptr, kv_indices)
-    requests, places, indptr, indices = (x if host else x.to(k.device) for x in arrays)
+    requests, places, indptr, indices = (
+        (x if x.dtype in (torch.int32, torch.int64) else x.to(torch.int64)).to(x.device if host else k.device)
+        for x in arrays
+    )
     pages, page_size = kv.k.shape[:2]
-    slots = _slots(requests.to(torch.int64), places.to(torch.int64), indptr, indices, pages, page_size)
+    slots = _slots(requests, places, indptr, indices, pages, page_size)
     if host:
         outside = (slots < 0) & (requests != -1)
         if bool(outside.any()):
@@ -69,15 +72,16 @@ def _slots(
 ) -> torch.Tensor:
     """page * page_size + offset of each token, int64; -1 for what lies in no page of its request."""
     if len(indptr) < 2 or not indices.numel():
-        return torch.full_like(requests, -1)
+        return torch.full_like(requests, -1, dtype=torch.int64)
     row = requests.clamp(0, len(indptr) - 2)
-    first, last = indptr.unfold(0, 2, 1)[row].to(torch.int64).unbind(-1)
-    entry = first + places.div(page_size, rounding_mode="floor")
-    inside = (requests == row) & (entry >= first) & (entry < last)
+    first, last = indptr.unfold(0, 2, 1)[row].unbind(-1)
+    number = places.div(page_size, rounding_mode="floor")
+    entry = first + number
     held = entry.clamp(0, indices.numel() - 1)
     page = indices[held].to(torch.int64)
-    inside &= (entry == held) & (page.clamp(0, pages - 1) == page)
-    return (page * page_size + places % page_size).masked_fill_(~inside, -1)
+    inside = (requests == row) & (entry >= first) & (entry < last) & (entry == held)
+    inside &= page.clamp(0, pages - 1) == page
+    return torch.add(places, page - number, alpha=page_size).masked_fill_(~inside, -1)
 
 
 def _outside(request: int, position: int, indptr: torch.Tensor, pages: int, page_size: int) -> str:

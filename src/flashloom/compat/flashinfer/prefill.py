@@ -529,9 +529,14 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Prefill):
     ) -> Any:
         """Attention of q [tokens, q_heads, head_dim_qk] over k [kv_tokens, kv_heads, head_dim_qk] and v [kv_tokens,
         kv_heads, head_dim_vo] (heads first in "HND"): out, or (out, lse) with return_lse, base 2."""
+        if o_scale is not None and o_scale != 1.0:
+            raise NotImplementedError(
+                f"o_scale={o_scale}: FlashInfer's backends disagree whether it multiplies or divides the result; give "
+                "the factor as v_scale="
+            )
         self._check_rows(q)
         return self._attend(
-            q, (k, v), args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, o_scale=o_scale, out=out,
+            q, (k, v), args, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, out=out,
             lse=lse, return_lse=return_lse, lse_base=lse_base, lse_layout=lse_layout,
         )  # fmt: skip
 
