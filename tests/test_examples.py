@@ -20,7 +20,7 @@ def test_there_are_examples():
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example(path):
     assert len(path.read_text().splitlines()) < 60
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path])}
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=env, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -162,6 +162,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("target", [name for name in CPU_TARGETS if name.startswith("x86")])
+def test_kernels_compile_for_targets_that_do_not_run_here(target: str) -> None:
+    if Target(target).supported:
+        pytest.skip(f"this machine runs {target}: the tests below do more")
+    for case in CASES.values():
+        heads = fl.HeadShape(*case.heads, case.dim, case.value_dim)
+        attn = fl.Attention(heads, variant=case.variant, dtype=case.dtype, kv_dtype=case.kv_dtype, device="cpu")
+        assert cpu.kernel(attn.spec, Target(target)).entry().files
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", [name for name in CPU_TARGETS if name.startswith("x86")])
 def test_targets(target: str, name: str) -> None:

@@ -75,8 +75,8 @@ FL_INLINE void tiles_store(char* done) {
       : "memory");
 }
 
-typedef uint16_t vw __attribute__((vector_size(64)));  // 32 words of 16 bits
-typedef uint16_t vw_u __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint16_t v32h __attribute__((vector_size(64)));  // 32 words of 16 bits
+typedef uint16_t v32h_u __attribute__((vector_size(64), aligned(1), may_alias));
 
 FL_INLINE vf tile_scale(vf x, vf n) {  // x 2^floor(n)
   vf r;
@@ -96,20 +96,20 @@ FL_INLINE vf tile_exp2(vf x) {
 }
 
 // [a0..a15, b0..b15] as bfloat16
-FL_INLINE vw join_bf16(vf a, vf b) {
-  vw r;
+FL_INLINE v32h join_bf16(vf a, vf b) {
+  v32h r;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(r) : "v"(a), "v"(b));
   return r;
 }
 // Lane by lane in one dword: a in the low half, b in the high.
-FL_INLINE vw pair_bf16(vf a, vf b) {
-  vw r = join_bf16(a, b);
+FL_INLINE v32h pair_bf16(vf a, vf b) {
+  v32h r = join_bf16(a, b);
   return __builtin_shufflevector(r, r, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27,
                                  12, 28, 13, 29, 14, 30, 15, 31);
 }
 
 // sum += both halves of each dword
-FL_INLINE void add_pairs(vf& sum, vw pairs) {
+FL_INLINE void add_pairs(vf& sum, v32h pairs) {
   const vi ones = bc((int32_t)0x3f803f80);
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pairs), "v"(ones));
 }

@@ -77,7 +77,7 @@ template <class T> FL_INLINE void bytes_to_bf16(const void* from, int64_t at, in
   }
 }
 template <> FL_INLINE void bytes_to_bf16<s8>(const void* from, int64_t at, int n, uint16_t* to) {
-  for (int d = 0; d < n; d += 32) *(vw*)(to + d) = join_bf16(s8::block(from, at + d), s8::block(from, at + d + 16));
+  for (int d = 0; d < n; d += 32) *(v32h*)(to + d) = join_bf16(s8::block(from, at + d), s8::block(from, at + d + 16));
 }
 template <> FL_INLINE void bytes_to_bf16<bf16>(const void* from, int64_t at, int n, uint16_t* to) {
   for (int d = 0; d < n; d += 32) *(v64_u*)(to + d) = *(const v64_u*)((const uint16_t*)from + at + d);

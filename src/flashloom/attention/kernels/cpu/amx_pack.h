@@ -22,7 +22,7 @@ template <int W> FL_INLINE void to_bf16(const float* x, int n, uint16_t* to) {  
     vi lane = iota() + d;
     vf a = loadu(x + d), b = loadu(x + d + 16);
     if (d + 32 > n) a = lane < n ? a : vf{}, b = lane + 16 < n ? b : vf{};
-    *(vw*)(to + d) = join_bf16(a, b);
+    *(v32h*)(to + d) = join_bf16(a, b);
   }
 }
 
@@ -125,7 +125,7 @@ template <class C, class V> struct Packer {
       vi lo[16], hi[16];
 #pragma GCC unroll 4
       for (int j = 0; j < 16; j++) {
-        vw x = *(const vw_u*)(from[2 * j] + d * 32), y = *(const vw_u*)(from[2 * j + 1] + d * 32);
+        v32h x = *(const v32h_u*)(from[2 * j] + d * 32), y = *(const v32h_u*)(from[2 * j + 1] + d * 32);
         lo[j] = (vi)__builtin_shufflevector(x, y, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
                                             11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
         hi[j] = (vi)__builtin_shufflevector(x, y, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25,

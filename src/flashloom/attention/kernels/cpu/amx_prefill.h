@@ -188,12 +188,12 @@ template <class C, class V> struct AmxKernel {
     vf x[2] = {loadu((const float*)(s + u * 128)), loadu((const float*)(s + u * 128 + 64))};
     logits<MASKED>(bound, half, x[0], x[1], key);
     if constexpr (V::softmax) x[0] = tile_exp2(x[0] - sums.m[half]), x[1] = tile_exp2(x[1] - sums.m[half]);
-    const vw pair = pair_bf16(x[0], x[1]);
+    const v32h pair = pair_bf16(x[0], x[1]);
     if constexpr (V::softmax) {
       add_pairs(sums.l[half], pair);
       if (exactly) sums.exact[half] += x[0] + x[1];
     }
-    *(vw*)(to + u * 64) = pair;
+    *(v32h*)(to + u * 64) = pair;
   }
 
   // New reference points from the scores of a step. Sums, the output if it has begun, and `steps` steps of weights at each of
@@ -221,7 +221,7 @@ template <class C, class V> struct AmxKernel {
       for (int j = 0; j < steps0 + steps1; j++) {
         char* x = (j < steps0 ? p0 + j * 2 * TILE : p1 + (j - steps0) * 2 * TILE) + half * TILE;
         for (int i = 0; i < 16; i++, x += 64)
-          *(vw*)x = pair_bf16((vf)(*(vu*)x << 16) * shrink, (vf)(*(vu*)x & 0xffff0000u) * shrink);
+          *(v32h*)x = pair_bf16((vf)(*(vu*)x << 16) * shrink, (vf)(*(vu*)x & 0xffff0000u) * shrink);
       }
     }
   }
@@ -407,7 +407,7 @@ template <class C, class V> struct AmxKernel {
     transpose16(x), transpose16(x + 16);
 #pragma GCC unroll 1
     for (int i = 0; i < count; i++) {
-      if (to) *(vw_u*)(to[i] + d * 32) = join_bf16((vf)x[i], (vf)x[16 + i]);
+      if (to) *(v32h_u*)(to[i] + d * 32) = join_bf16((vf)x[i], (vf)x[16 + i]);
       else storeu(w.rows[i] + d * 32, (vf)x[i]), storeu(w.rows[i] + d * 32 + 16, (vf)x[16 + i]);
     }
     return odd;
