@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 import pydoc
@@ -65,6 +66,7 @@ def test_unheard_names_are_refused_when_first_traced() -> None:
         return at.kv_pos > at.q_pos - self.width
 
     unheard = {
+        "static is no hook": define(static=staticmethod(lambda at: at.kv_pos < 4), logits_mask=nothing),
         r"mask is no hook.*def logits_mask\(self, at\)": define(mask=mask, logits_transform=scaled),
         "score_mod is no hook.*logits_transform": define(score_mod=lambda self, s, b, h, i, j: s),
         "limit is no hook, and no hook calls it": define(limit=lambda self, at: at.kv_pos < 4, logits_mask=nothing),
@@ -163,7 +165,31 @@ def test_what_a_class_may_have_beside_hooks() -> None:
     class Linear(v.Variant):
         softmax = False
 
-    for variant in (Near.of(9), Nearer(width=3), Other(width=1), Looking(w0=1.0, w1=2.0), Mixed(), Decorated(gain=2.0)):
+    class Aliased(v.Variant):
+        """Texts, factories, another name of a hook, and hooks that are no plain functions."""
+
+        title = "aliased"
+        other = None
+
+        @staticmethod
+        def make(number):
+            return Aliased()
+
+        def keep(self, at):
+            return at.kv_pos >= 0
+
+        logits_mask = keep
+        logits_transform = functools.partialmethod(lambda self, gain, x, at: x * gain, 3.0)
+
+    for variant in (
+        Near.of(9),
+        Nearer(width=3),
+        Other(width=1),
+        Looking(w0=1.0, w1=2.0),
+        Mixed(),
+        Decorated(gain=2.0),
+        Aliased(),
+    ):
         assert variant.program.hooks
         assert (variant & v.causal & variant).program.hooks
     assert Near(width=30).wide
@@ -302,6 +328,7 @@ def initialised(self, w):
         (lambda: Top(w=3, capp=3.0), "did you mean 'cap'"),
         (lambda: Top(), "needs the field 'w'"),
         (lambda: define(__init__=initialised, logits_mask=nothing)(3), "write `w: int` in the class, drop __init__"),
+        (lambda: dataclasses.dataclass(define(fields={"w": int}, logits_mask=nothing))(3), "leave out @dataclass"),
         (lambda: define(fields={"w": int}, __init__=initialised, logits_mask=nothing)(3), "drop __init__"),
     ],
 )  # fmt: skip

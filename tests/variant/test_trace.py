@@ -128,6 +128,7 @@ class Table(v.Variant):
     ("hook", "words"),
     [
         (lambda s, x, at: x + s.slopes, "index it"),
+        (lambda s, x, at: (s.slopes.__setitem__(0, 1), x)[1], "is changed in a hook"),
         (lambda s, x, at: x * s.slopes[at.q_head, 0], "1 dimensions and is indexed with 2"),
         (lambda s, x, at: x * s.table[at.q_head], "2 dimensions and is indexed with 1"),
         (lambda s, x, at: x * s.slopes[x], "use integers"),

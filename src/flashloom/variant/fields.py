@@ -92,7 +92,8 @@ def kind_of(owner: type, name: str, annotation: Any) -> str:
     if found is None:
         raise TypeError(
             f"field {name!r} of {owner.__name__} is annotated {annotation!r}: use PerHead, PerKVHead, PerRequest, "
-            "PerQueryToken, PerKeyToken, Scalar (or float, int, bool), Bits, or torch.Tensor for any rank"
+            "PerQueryToken, PerKeyToken, Scalar (or float, int, bool), Bits, or torch.Tensor for any rank; a constant "
+            "of the class is a ClassVar"
         )
     return found
 

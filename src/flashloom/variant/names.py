@@ -72,7 +72,9 @@ def check_read(cls: type, base: type, used: Iterable[str]) -> None:
     """At the first trace of a class: it has a hook, and the hooks read all it has. `used` are fields known as read."""
     title = cls.__name__
     has_hook = any(getattr(cls, hook) is not getattr(base, hook) for hook in HOOK_ARGUMENTS)
+    hooks = [getattr(cls, hook) for hook in HOOK_ARGUMENTS]
     lost = [(k, n) for k in _classes(cls, base) if issubclass(k, base) for n in _attributes(k)]
+    lost = [(k, n) for k, n in lost if not any(vars(k)[n] is hook for hook in hooks)]  # a hook's other name
     if has_hook or not cls.softmax:  # type: ignore[attr-defined]
         read = _names_read(cls, base)
         if read is None:
@@ -91,14 +93,14 @@ def check_read(cls: type, base: type, used: Iterable[str]) -> None:
             advice = signature(meant) if meant else near(name, HOOK_ARGUMENTS)
             advice = advice or f"hooks are {', '.join(HOOK_ARGUMENTS)}"
             raise TypeError(
-                f"{owner.__name__}.{name} is no hook, and no hook calls it: {advice}; a method of another use begins "
-                "with an underscore, or is a classmethod or property"
+                f"{owner.__name__}.{name} is no hook, and no hook calls it: {advice} (a method of another use begins "
+                "with an underscore, or is a classmethod or property)"
             )
         if has_hook:
             meant = near(name, (*cls._kinds, "softmax"))  # type: ignore[attr-defined]
             raise TypeError(
-                f"{owner.__name__}.{name} is read by no hook, so it changes nothing: {meant + ' ' if meant else ''}"
-                "Leave it out, or let its name begin with an underscore"
+                f"{owner.__name__}.{name} is read by no hook, so it changes nothing: {meant + ' or ' if meant else ''}"
+                "leave it out, or let its name begin with an underscore"
             )
     if not has_hook and cls.softmax:  # type: ignore[attr-defined]
         raise TypeError(
@@ -112,6 +114,8 @@ def signature(hook: str) -> str:
 
 def _check_hook(title: str, name: str, value: Any) -> None:
     function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+    if isinstance(function, functools.partialmethod):
+        return
     if not callable(function):
         raise TypeError(f"{title}.{name} is {type(value).__name__}, but is a hook: {signature(name)}")
     if not isinstance(function, types.FunctionType):
@@ -129,7 +133,10 @@ def _attributes(cls: type) -> Iterator[str]:
     for name, value in vars(cls).items():
         if name.startswith("_") or name in HOOK_ARGUMENTS or name == "softmax":
             continue
-        if not isinstance(value, (type, property, classmethod, functools.cached_property)):
+        if isinstance(value, staticmethod):  # one that makes a variant is of another use
+            if "at" in inspect.signature(value.__func__).parameters:
+                yield name
+        elif not isinstance(value, (type, property, classmethod, functools.cached_property, str, types.NoneType)):
             yield name
 
 

@@ -544,6 +544,9 @@ class Field:
             raise AttributeError(name)
         lift(self)
 
+    def __setitem__(self, *_: Any) -> NoReturn:
+        raise TraceError(f"the field {self._param.name!r} is changed in a hook: a hook computes a value, no more")
+
     def __iter__(self) -> NoReturn:
         raise TraceError(f"the field {self._param.name!r} cannot be iterated in a hook: index it with at.*")
 

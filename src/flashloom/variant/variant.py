@@ -108,6 +108,8 @@ class Variant:
         title = type(self).__name__
         if name in self._kinds and name in self.__dict__:
             raise AttributeError(f"a variant does not change: make another {title} with {name}=...")
+        if "__dataclass_fields__" in vars(type(self)):
+            raise AttributeError(f"{title} is a dataclass: leave out @dataclass, its fields are arguments already")
         init = (
             "" if type(self).__init__ is Variant.__init__ else f", drop __init__, and make it with {title}({name}=...)"
         )
