@@ -5,6 +5,7 @@ import pytest
 import torch
 from tests.hopper.emulator.launch import PROCESSORS, Emulated, install
 from tests.hopper.strided import check_views
+from tests.lower.reaching import KINDS, reaching
 from tests.triton.cases import (
     BF16,
     E4M3,
@@ -247,3 +248,9 @@ def test_keys_of_another_page(monkeypatch):
 def test_memory_that_is_no_argument(monkeypatch):
     monkeypatch.setattr(Emulated, "allowed", lambda self, q, k, v, out, lse: (q, k, out, lse))
     assert "no memory of the call" in broken(monkeypatch, {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_index_reaches_outside_of_a_field(kind):
+    """The emulated memory knows its bounds."""
+    check(Case([20, 5], [20, 140], H(2, 1, 64), F16, kind="ragged", variant=reaching(kind)), "cpu", "hopper")

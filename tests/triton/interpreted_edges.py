@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import triton.language as tl
+from tests.lower.reaching import KINDS, reaching
 from tests.triton.bounds import checked
 from tests.triton.cases import BF16, E4M3, E5M2, F16, F32, I8, Case, H, alibi, causal, check, gemma, sinks, window
 from triton.runtime.errors import InterpreterError
@@ -230,3 +231,10 @@ def test_negative_lengths_write_nothing_and_are_reported(lens, paged):
     assert not len(_items(plan))
     with pytest.raises(ValueError, match=r"negative length \(request [01]\)"):
         plan.update(batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_index_reaches_outside_of_a_field(kind, addresses):
+    check(Case([1, 1], [30, 70], H(4, 2, 32), F32, kind="ragged", variant=reaching(kind)))
+    check(Case([20, 5], [20, 40], H(4, 2, 32), F32, kind="ragged", variant=reaching(kind)))
+    assert addresses[1] > 0

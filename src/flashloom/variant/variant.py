@@ -18,7 +18,7 @@ import torch
 from typing_extensions import Self, dataclass_transform
 
 from flashloom.variant import expr as ir
-from flashloom.variant import names, spans, widths
+from flashloom.variant import fill, names, spans, widths
 from flashloom.variant.expr import BOOL, FLOAT, Expr, Param, Program
 from flashloom.variant.fields import (
     Bits,
@@ -306,6 +306,8 @@ def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
     changed = widths.settle(traced)
     if changed.get("mask") is ir.TRUE:
         del changed["mask"]
+    if softmax and "logits" in changed:
+        changed["logits"] = fill.raised(changed["logits"])
     used = _params(changed)
     kept = [(p, v) for p, v in params if p in used]
     program = Program(tuple(p for p, _ in kept), softmax=softmax, **changed)
