@@ -26,7 +26,10 @@ class Filled(fl.Variant):
 
 CASES = {
     "where": (lambda s, b, h, i, j: torch.where(i % 4 < 2, LOW, s), lambda s, i, j: torch.where(i % 4 < 2, LOW, s)),
-    "beside others": (lambda s, b, h, i, j: torch.where(DROPPED[i, j], LOW, s), lambda s, i, j: torch.where(DROPPED, LOW, s)),
+    "beside others": (
+        lambda s, b, h, i, j: torch.where(DROPPED[i, j], LOW, s),
+        lambda s, i, j: torch.where(DROPPED, LOW, s),
+    ),
     "a table": (lambda s, b, h, i, j: s + TABLE[i, j], lambda s, i, j: s + TABLE),
     "a table of bfloat16": (lambda s, b, h, i, j: s + NARROW[i, j], lambda s, i, j: s + NARROW.double()),
     "a product": (lambda s, b, h, i, j: s + DROPPED[i, j].float() * LOW, lambda s, i, j: s + DROPPED.double() * LOW),

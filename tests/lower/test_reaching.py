@@ -1,5 +1,5 @@
-"""No variant reads outside of its tensors: every kind of field, every index, in C++. Triton and Gluon, where every address
-is checked: `tests/triton/interpreted_edges.py` and `tests/hopper/emulated.py`."""
+"""No variant reads outside of its tensors: every kind of field, every index, in C++. Triton and Gluon, where every
+address is checked: `tests/triton/interpreted_edges.py` and `tests/hopper/emulated.py`."""
 
 from __future__ import annotations
 
