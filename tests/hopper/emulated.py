@@ -26,6 +26,7 @@ from tests.triton.cases import (
 import flashloom as fl
 from flashloom import dispatch
 from flashloom.attention.kernels.hopper import chunks, consume, load, rows, schedule, transpose
+from flashloom.attention.reads import Sizes
 from flashloom.attention.reference import attention_reference
 
 G = H(4, 1, 128)
@@ -251,6 +252,7 @@ def test_memory_that_is_no_argument(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_index_reaches_outside_of_a_field(kind):
+def test_no_index_reaches_outside_of_a_field(kind, monkeypatch):
     """The emulated memory knows its bounds."""
+    monkeypatch.setattr(Sizes, "_check", lambda *_: None)  # as with lengths that only the device knows
     check(Case([20, 5], [20, 140], H(2, 1, 64), F16, kind="ragged", variant=reaching(kind)), "cpu", "hopper")

@@ -8,6 +8,8 @@ static void keep(float* p, vf x) { storeu(p, x); }
 static void keep(int32_t* p, vi x) { *(vi_u*)p = x; }
 static void keep(int32_t* p, vm x) { *(vi_u*)p = to_int32(x); }
 static void keep(int64_t* p, vl x) { *(vq_u*)p = x.lo, *(vq_u*)(p + VL / 2) = x.hi; }
+static void keep(double* p, vw x) { *(vd_u*)p = x.lo, *(vd_u*)(p + VL / 2) = x.hi; }
+static vw doubles_at(const double* p) { return {*(const vd_u*)p, *(const vd_u*)(p + VL / 2)}; }
 static vl longs(const int64_t* p) { return {*(const vq_u*)p, *(const vq_u*)(p + VL / 2)}; }
 
 #define UNARY(name)                                                        \
@@ -19,6 +21,14 @@ static vl longs(const int64_t* p) { return {*(const vq_u*)p, *(const vq_u*)(p + 
   }
 UNARY(exp) UNARY(exp2) UNARY(log) UNARY(log2) UNARY(tanh) UNARY(sigmoid) UNARY(sqrt) UNARY(rsqrt) UNARY(erf)
 UNARY(sin) UNARY(cos) UNARY(floor) UNARY(abs_) UNARY(neg)
+#define WIDE(name)                                                             \
+  extern "C" void vd_##name(const double* x, double* y, int n) {               \
+    for (int i = 0; i < n; i += VL) keep(y + i, name(doubles_at(x + i)));      \
+  }                                                                            \
+  extern "C" void sd_##name(const double* x, double* y, int n) {               \
+    for (int i = 0; i < n; i++) y[i] = name(x[i]);                             \
+  }
+WIDE(exp) WIDE(exp2) WIDE(log) WIDE(log2) WIDE(tanh) WIDE(sigmoid) WIDE(sqrt) WIDE(rsqrt) WIDE(floor) WIDE(abs_) WIDE(neg)
 extern "C" void v_fast_exp2(const float* x, float* y, int n) {
   for (int i = 0; i < n; i += VL) storeu(y + i, fast_exp2(loadu(x + i)));
 }
@@ -47,6 +57,7 @@ extern "C" void v_fast_exp2(const float* x, float* y, int n) {
   BINARY(kind, T, T, get, bitand_) BINARY(kind, T, T, get, bitor_) BINARY(kind, T, T, get, bitxor_)  \
   BINARY(kind, T, T, get, shl_) BINARY(kind, T, T, get, shr_)
 COMMON(f, float, loadu) BINARY(f, float, float, loadu, div)
+COMMON(d, double, doubles_at) BINARY(d, double, double, doubles_at, div)
 COMMON(i, int32_t, ints) BITS(i, int32_t, ints)
 COMMON(l, int64_t, longs) BITS(l, int64_t, longs)
 
@@ -69,6 +80,15 @@ extern "C" void conversions(const float* a, float* f, int32_t* i32, int64_t* i64
   }
 }
 
+extern "C" void wide_conversions(const double* a, float* f, int32_t* i32, int64_t* i64, int32_t* b, double* d, int n) {
+  for (int i = 0; i < n; i += VL) {
+    vw x = doubles_at(a + i);
+    keep(f + i, to_float(x)), keep(i32 + i, to_int32(x)), keep(i64 + i, to_int64(x));
+    keep(b + i, add(to_int32(to_bool(x)), to_int32(isnan_(x))));
+    keep(d + i, add(add(to_double(to_float(x)), to_double(to_int32(x))), add(to_double(to_int64(x)), to_double(to_bool(x)))));
+  }
+}
+
 #define LOAD(tag, T, put)                                                                        \
   extern "C" void load_##tag(const void* base, const int32_t* index, T* y, int n, int wide) {    \
     for (int i = 0; i < n; i += VL) {                                                            \
@@ -86,7 +106,7 @@ extern "C" void conversions(const float* a, float* f, int32_t* i32, int64_t* i64
   extern "C" T high_##tag(const void* base, const int64_t* b) {                                  \
     return block_max<tag>(base, b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]);                 \
   }
-LOAD(f32, float, ) LOAD(f16, float, ) LOAD(bf16, float, ) LOAD(f64, float, )
+LOAD(f32, float, ) LOAD(f16, float, ) LOAD(bf16, float, ) LOAD(f64, double, )
 LOAD(i64, int64_t, ) LOAD(i32, int32_t, ) LOAD(i16, int32_t, ) LOAD(i8, int32_t, ) LOAD(u8, int32_t, )
 LOAD(b8, int32_t, to_int32)
 extern "C" void load_bits(const void* base, const int32_t* index, int32_t* y, int n) {
@@ -99,6 +119,12 @@ extern "C" void clamps(const int32_t* index, int32_t* y, int64_t* z, int64_t siz
   for (int i = 0; i < n; i += VL) {
     keep(y + i, clamp_index(ints(index + i), size)), keep(z + i, clamp_index(to_int64(ints(index + i)), size));
   }
+}
+extern "C" void wraps(const int32_t* index, int32_t* y, int64_t* z, int64_t* one, int64_t size, int n) {
+  for (int i = 0; i < n; i += VL) {
+    keep(y + i, wrap_index(ints(index + i), size)), keep(z + i, wrap_index(to_int64(ints(index + i)), size));
+  }
+  for (int i = 0; i < n; i++) one[i] = wrap_index(index[i], size) + (wrap_index((int64_t)index[i], size) << 32);
 }
 
 extern "C" void fp8_to_float(const uint8_t* x, float* y, int e5m2) {

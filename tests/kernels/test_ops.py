@@ -92,12 +92,27 @@ def test_fast_exp2(lib: ctypes.CDLL) -> None:
     assert np.isnan(y[np.isnan(x)]).all()
 
 
+WIDE = {n: f for n, (f, _, _) in FUNCTIONS.items() if n not in ("erf", "sin", "cos")}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_function_of_doubles(lib: ctypes.CDLL, name: str) -> None:
+    low, high = FUNCTIONS[name][1]
+    x = np.concatenate([EDGES, np.random.default_rng(8).uniform(low, high, 1000)]).repeat(2)[: 2 * 1000]
+    with np.errstate(all="ignore"):
+        want = WIDE[name](torch.from_numpy(x)).numpy()
+    for form in ("vd", "sd"):
+        got = np.empty_like(x)
+        getattr(lib, f"{form}_{name}")(pointer(x), pointer(got), len(x))
+        np.testing.assert_allclose(got, want, rtol=1e-15, atol=0)
+
+
 def operands(kind: str) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(2)
-    if kind == "f":
+    if kind in "fd":
         a, b = rng.normal(size=(2, N)) * np.exp(rng.uniform(-5, 5, (2, N)))
         a[:64], b[:64] = rng.choice([0.0, -0.0, 1, -1, np.inf, -np.inf, np.nan, 3.5], (2, 64))
-        return a.astype(np.float32), b.astype(np.float32)
+        return (a.astype(np.float32), b.astype(np.float32)) if kind == "f" else (a, b)
     dtype = np.int32 if kind == "i" else np.int64
     info = np.iinfo(dtype)
     a, b = rng.integers(info.min, info.max, (2, N), dtype)
@@ -113,6 +128,8 @@ def expected(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         safe = np.where((b == 0) | (b == -1), 1, b)
         q = np.where(b == 0, 0, np.where(b == -1, np.negative(a), np.floor_divide(a, safe)))
         return q if name == "floordiv" else np.where(b == 0, 0, a - q * b)
+    if name in ("floordiv", "mod") and a.dtype == np.float64:
+        return (torch.div(ta, tb, rounding_mode="floor") if name == "floordiv" else torch.remainder(ta, tb)).numpy()
     if name in ("floordiv", "mod"):
         wide = ta.double(), tb.double()
         return (
@@ -131,7 +148,7 @@ def expected(name: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 COMMON = ["add", "sub", "mul", "min_", "max_", "floordiv", "mod", "lt", "le", "gt", "ge", "eq", "ne"]
 BITS = ["bitand_", "bitor_", "bitxor_", "shl_", "shr_"]
-BINARY = [("f", n) for n in [*COMMON, "div"]] + [(k, n) for k in "il" for n in COMMON + BITS]
+BINARY = [(k, n) for k in "fd" for n in [*COMMON, "div"]] + [(k, n) for k in "il" for n in COMMON + BITS]
 
 
 @pytest.mark.parametrize(("kind", "name"), BINARY)
@@ -169,6 +186,21 @@ def test_logic_and_conversions(lib: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(f, 2 * np.trunc(a) + (np.trunc(a) != 0))
 
 
+def test_conversions_of_doubles(lib: ctypes.CDLL) -> None:
+    a = np.random.default_rng(3).normal(size=N) * 1e5
+    a[:4] = 0.0, 1.7e9 + 0.25, -1.7e9 - 0.75, 0.5
+    f, i, l, b, d = (np.empty(N, t) for t in (np.float32, np.int32, np.int64, np.int32, np.float64))
+    lib.wide_conversions(pointer(a), pointer(f), pointer(i), pointer(l), pointer(b), pointer(d), N)
+    for got, want in ((f, a.astype(np.float32)), (i, a.astype(np.int32)), (l, a.astype(np.int64)), (b, a != 0)):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(d, (f.astype(np.float64) + i) + (l + b.astype(np.float64)))
+    x = np.full(N, np.nan)
+    lib.wide_conversions(pointer(x), pointer(f), pointer(i), pointer(l), pointer(b), pointer(d), N)
+    assert (b == 2).all()
+    assert np.isnan(f).all()
+    assert (i == -(2**31)).all()
+
+
 STORAGE = {
     "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64, "i64": torch.int64,
     "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "b8": torch.bool,
@@ -185,8 +217,8 @@ def test_load(lib: ctypes.CDLL, tag: str) -> None:
         else torch.randn(size, generator=generator) * 50
     )
     base = values.abs().to(STORAGE[tag]) if tag == "u8" else values.to(STORAGE[tag])
-    compute = {"i64": np.int64}.get(tag, np.float32 if tag[0] == "f" or tag == "bf16" else np.int32)
-    want = base.to(torch.float64 if compute == np.float32 else torch.int64).numpy().astype(compute)
+    compute = {"i64": np.int64, "f64": np.float64}.get(tag, np.float32 if tag[0] == "f" or tag == "bf16" else np.int32)
+    want = base.to(torch.int64 if np.dtype(compute).kind == "i" else torch.float64).numpy().astype(compute)
     rng = np.random.default_rng(5)
     runs = [np.arange(o, o + 16) for o in (0, 3, 500, size - 16)]
     index = np.concatenate([rng.integers(0, size, 256), *runs, np.full(16, 7)]).astype(np.int32)
@@ -200,7 +232,9 @@ def test_load(lib: ctypes.CDLL, tag: str) -> None:
 
     low, high = getattr(lib, f"low_{tag}"), getattr(lib, f"high_{tag}")
     for f in (low, high):
-        f.restype = {np.float32: ctypes.c_float, np.int32: ctypes.c_int32, np.int64: ctypes.c_int64}[compute]
+        f.restype = {
+            np.float32: ctypes.c_float, np.float64: ctypes.c_double, np.int32: ctypes.c_int32, np.int64: ctypes.c_int64,
+        }[compute]  # fmt: skip
     grid = want[:990].reshape(33, 30)
     for r0, r1, c0, c1 in [(0, 32, 0, 29), (4, 4, 7, 7), (30, 90, -5, 3), (2, 9, 10, 20)]:
         box = np.array([r0, r1, 33, 30, c0, c1, 30, 1], np.int64)
@@ -208,7 +242,7 @@ def test_load(lib: ctypes.CDLL, tag: str) -> None:
         assert low(address, pointer(box)) == inside.min()
         assert high(address, pointer(box)) == inside.max()
     huge = np.array([0, 1 << 17, 1 << 18, 0, 0, 0, 1, 1], np.int64)
-    limits = (-np.inf, np.inf) if compute == np.float32 else (np.iinfo(compute).min, np.iinfo(compute).max)
+    limits = (-np.inf, np.inf) if np.dtype(compute).kind == "f" else (np.iinfo(compute).min, np.iinfo(compute).max)
     limits = (0, 1) if tag == "b8" else limits
     assert (low(address, pointer(huge)), high(address, pointer(huge))) == limits
 
@@ -249,6 +283,19 @@ def test_clamp(lib: ctypes.CDLL) -> None:
         want = np.clip(index.astype(np.int64), 0, max(size - 1, 0))
         np.testing.assert_array_equal(y, want)
         np.testing.assert_array_equal(z, want)
+
+
+def test_negative_indices_count_from_the_end(lib: ctypes.CDLL) -> None:
+    index = np.random.default_rng(7).integers(-(2**31), 2**31, 64).astype(np.int32)
+    index[:32] = np.arange(-16, 16)
+    for size in (0, 1, 10, 2**31 - 1):
+        y, z, one = np.empty(64, np.int32), np.empty(64, np.int64), np.empty(64, np.int64)
+        lib.wraps(pointer(index), pointer(y), pointer(z), pointer(one), ctypes.c_int64(size), 64)
+        place = index.astype(np.int64)
+        want = np.clip(np.where(place < 0, place + size, place), 0, max(size - 1, 0))
+        np.testing.assert_array_equal(y, want)
+        np.testing.assert_array_equal(z, want)
+        np.testing.assert_array_equal(one, want + (want << 32))
 
 
 def test_narrow_floats(lib: ctypes.CDLL) -> None:

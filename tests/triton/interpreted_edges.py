@@ -17,6 +17,7 @@ from flashloom import dispatch
 from flashloom.attention import triton_executor
 from flashloom.attention.kernels.triton.config import Config
 from flashloom.attention.kernels.triton.tiles import apart, stored
+from flashloom.attention.reads import Sizes
 from flashloom.attention.reference import attention_reference
 
 
@@ -234,7 +235,8 @@ def test_negative_lengths_write_nothing_and_are_reported(lens, paged):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_index_reaches_outside_of_a_field(kind, addresses):
+def test_no_index_reaches_outside_of_a_field(kind, addresses, monkeypatch):
+    monkeypatch.setattr(Sizes, "_check", lambda *_: None)  # as with lengths that only the device knows
     check(Case([1, 1], [30, 70], H(4, 2, 32), F32, kind="ragged", variant=reaching(kind)))
     check(Case([20, 5], [20, 40], H(4, 2, 32), F32, kind="ragged", variant=reaching(kind)))
     assert addresses[1] > 0

@@ -374,7 +374,10 @@ FL_INLINE double mod_one(double a, double b) {
 }
 FL_INLINE double floordiv_one(double a, double b) {  // torch's: the rest first, so that no quotient is rounded up
   if (b == 0.0) return a / b;
-  double q = (a - mod_one(a, b)) / b, f = __builtin_floor(q);
+  double r = __builtin_fmod(a, b), q = (a - r) / b;
+  if (r != 0.0 && (b < 0.0) != (r < 0.0)) q -= 1.0;
+  if (q == 0.0) return __builtin_copysign(0.0, a / b);
+  double f = __builtin_floor(q);
   return q - f > 0.5 ? f + 1.0 : f;
 }
 FL_INLINE vw mod_one(vw a, vw b) {
