@@ -39,6 +39,25 @@ def test_ragged_and_dense():
     assert dense.page_size == 9
 
 
+def test_a_page_table_of_its_parts_is_checked():
+    table = fl.PageTable([5, 2], torch.tensor([0, 2, 3]), [4, 1, 7], 4)
+    assert all(x.dtype == torch.int32 for x in (table.kv_lens, table.page_indptr, table.pages))
+    assert fl.Batch([2, 1], kv=table).slots().tolist() == [19, 4, 29]
+    wrong = {
+        "page_indptr has 2 entries and kv_lens 2": ([5, 2], [0, 2], [4, 1, 7], 4),
+        "page_indptr ends at 9 but there are 3 pages": ([5, 2], [0, 2, 9], [4, 1, 7], 4),
+        r"page_indptr\[0\] = 1": ([5, 2], [1, 2, 3], [4, 1, 7], 4),
+        "request 0 has 9 tokens but 2 pages of 4": ([9, 2], [0, 2, 3], [4, 1, 7], 4),
+        r"kv_lens\[1\] = -2": ([5, -2], [0, 2, 3], [4, 1, 7], 4),
+        "page_size=0": ([5, 2], [0, 2, 3], [4, 1, 7], 0),
+        "page -7": ([5, 2], [0, 2, 3], [4, 1, -7], 4),
+        "pages holds 4294967296": ([5, 2], [0, 2, 3], [4, 1, 2**32], 4),
+    }
+    for message, parts in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            fl.PageTable(*parts)
+
+
 def test_strided_host_tensors():
     table = torch.arange(24, dtype=torch.int64).view(4, 6)[:, ::2]
     got = fl.PageTable.from_block_table(table[::2], torch.tensor([3, 1, 2, 1])[::2], page_size=1)

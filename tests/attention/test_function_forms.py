@@ -123,6 +123,13 @@ def test_causal_is_one_more_part_and_repeats():
     assert len({call[0] for call in function._recent.calls}) == 2
 
 
+@pytest.mark.parametrize("value", ["yes", 1, torch.tensor(True)])
+def test_causal_is_true_or_false(value):
+    q = torch.randn(3, 2, 8)
+    with pytest.raises(TypeError, match=r"causal=.*give True or False"):
+        fl.attention(q, q, q, causal=value)
+
+
 @pytest.mark.parametrize("dims", [3, 4])
 def test_out_is_where_the_result_goes(dims):
     shape = (2,) if dims == 4 else ()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -274,6 +275,14 @@ def test_dense_masks_have_just_the_sizes_of_the_batch(rank):
         larger = torch.nn.functional.pad(mask, (0, 3, 0, 2))  # a cut of a larger mask is a view, and right
         cut = fl.custom_mask(larger[..., :rows, :columns])
         assert torch.equal(run_masked(cut, q, k, v, q_lens, kv_lens), got)
+
+
+def test_masks_may_be_lists_or_arrays():
+    q, k = torch.randn(2, 4, 8), torch.randn(3, 2, 8)
+    rows = [[True, False, True], [False, True, True]]
+    want = fl.attention(q, k, k, variant=fl.custom_mask(torch.tensor(rows)))
+    for mask in (rows, np.array(rows)):
+        assert torch.equal(fl.attention(q, k, k, variant=fl.custom_mask(mask)), want)
 
 
 def test_a_mask_for_each_head_is_not_taken_for_requests():

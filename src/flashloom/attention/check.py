@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from flashloom.attention.batch import Batch
@@ -37,7 +38,7 @@ def scale(value: object, default: float) -> float:
     """The softmax scale as a finite float."""
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"sm_scale={value!r} is not a number: give a Python float, or None for 1 / sqrt(dim)")
     if not math.isfinite(value):
         raise ValueError(f"sm_scale={value}: must be finite; leave it out for 1 / sqrt(dim)")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
 from flashloom.attention import check
@@ -111,7 +112,7 @@ def attention(
     classes of shapes. A CUDA graph captures calls on tensors of shapes that were called with before. Raises TypeError,
     ValueError or RuntimeError for what does not fit."""
     if causal and not torch.compiler.is_compiling():  # no variant is made in a trace
-        variant, causal = _causal(variant), False
+        variant, causal = _causal(variant, causal), False
     if more or unknown or layout is not None or out is not None:
         return _named(q, k, v, more, variant, causal, sm_scale, return_lse, out, layout, unknown)
     if torch.compiler.is_compiling() or _modes():
@@ -148,8 +149,10 @@ def attention(
     return result
 
 
-def _causal(variant: Any) -> Any:
+def _causal(variant: Any, causal: object) -> Any:
     """The variant under the causal mask; the same object each time, so that calls can repeat each other."""
+    if causal is not True and not isinstance(causal, np.bool_):
+        raise TypeError(f"causal={causal!r} is {type(causal).__name__}: give True or False")
     if variant is full:
         return causal_variant
     if not isinstance(variant, Variant) or causal_variant in variant._parts():

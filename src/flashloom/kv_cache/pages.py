@@ -125,9 +125,30 @@ class KVLayout:
 
 
 class PageTable(KVLayout):
-    """Paged KV: which pages of a cache hold each request's tokens. Lengths include the tokens of this step."""
+    """Paged KV: which pages of a cache hold each request's tokens. Lengths include the tokens of this step.
 
-    def __init__(self, kv_lens: torch.Tensor, page_indptr: torch.Tensor, pages: torch.Tensor, page_size: int):
+    kv_lens: tokens of each request; its pages are pages[page_indptr[b]:page_indptr[b + 1]], as many as it needs or
+    more. `from_block_table` and `from_csr` take the forms that engines have."""
+
+    def __init__(self, kv_lens: Integers, page_indptr: Integers, pages: Integers, page_size: int):
+        lens, indptr = lengths("kv_lens", kv_lens), offsets("page_indptr", page_indptr)
+        if indptr.numel() != lens.numel() + 1:
+            raise ValueError(
+                f"page_indptr has {indptr.numel()} entries and kv_lens {lens.numel()}: page_indptr must have one more"
+            )
+        entries = to_int32("pages", pages)
+        if on_host(indptr) and indptr[-1] > entries.numel():
+            raise ValueError(f"page_indptr ends at {int(indptr[-1])} but there are {entries.numel()} pages: give all")
+        self._take(lens, indptr, entries, positive("page_size", page_size))
+
+    @classmethod
+    def _of(cls, kv_lens: torch.Tensor, page_indptr: torch.Tensor, pages: torch.Tensor, page_size: int) -> PageTable:
+        """From parts in their form."""
+        made = cls.__new__(cls)
+        made._take(kv_lens, page_indptr, pages, page_size)
+        return made
+
+    def _take(self, kv_lens: torch.Tensor, page_indptr: torch.Tensor, pages: torch.Tensor, page_size: int) -> None:
         self.kv_lens, self.page_indptr, self.pages, self.page_size = kv_lens, page_indptr, pages, page_size
         if not kv_lens.device == page_indptr.device == pages.device:
             raise ValueError(
@@ -163,7 +184,7 @@ class PageTable(KVLayout):
             )
         else:
             indptr = torch.arange(requests + 1, dtype=torch.int32, device=lens.device) * width
-        made = cls(lens, indptr, pages.reshape(-1), page_size)
+        made = cls._of(lens, indptr, pages.reshape(-1), page_size)
         made.row = width
         return made
 
@@ -180,7 +201,7 @@ class PageTable(KVLayout):
             )
         if not on_host(starts) or not on_host(last):
             count = starts[1:] - starts[:-1]
-            return cls((count - 1).clamp(min=0) * page_size + last, starts, pages, page_size)
+            return cls._of((count - 1).clamp(min=0) * page_size + last, starts, pages, page_size)
         if starts[-1] > pages.numel():
             raise ValueError(
                 f"indptr ends at {int(starts[-1])} but there are {pages.numel()} indices: the page table is shorter "
@@ -195,7 +216,7 @@ class PageTable(KVLayout):
                 "page_size tokens, and a request "
                 "without pages has 0"
             )
-        return cls(lengths("kv lengths", np.maximum(have - 1, 0) * page_size + tail), starts, pages, page_size)
+        return cls._of(lengths("kv lengths", np.maximum(have - 1, 0) * page_size + tail), starts, pages, page_size)
 
 
 class RaggedKV(KVLayout):

@@ -349,6 +349,7 @@ def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Varia
     size: cut a larger mask with mask[..., :q, :kv]. Lengths on a device are not read, and the mask's q and kv then not
     compared.
     """
+    mask = torch.as_tensor(mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"custom_mask has dtype {mask.dtype}: give bool (True keeps the key); for additive scores write a "
@@ -373,7 +374,7 @@ def packed_mask(bits: torch.Tensor, indptr: torch.Tensor) -> Variant:
     """A bool mask packed 8 to a byte, little bit order, uint8. Request b's [q_len, kv_len] mask in row-major order lies
     at bytes indptr[b]:indptr[b + 1], the last byte filled up. Sizes are compared with the batch as those of
     `custom_mask` are."""
-    return _flat(PackedMask, indptr, bits=bits)
+    return _flat(PackedMask, indptr, bits=torch.as_tensor(bits))
 
 
 class LengthTemperature(Variant):
