@@ -248,6 +248,25 @@ def test_numbers_beyond_32_bits_are_refused_everywhere():
         d(workspace()).plan(int32([0, 2, 4]), int32([0, 1, 2, 3]), int32([4]), *sizes)
 
 
+def test_positions_beyond_32_bits_stay_outside():
+    indptr, lens = torch.tensor([0, 2, 3]), torch.tensor([5, 2**32 + 4])
+    requests, places = flashinfer.get_batch_indices_positions(indptr, lens, 4)
+    assert requests.tolist() == [0, 0, 1, -1]
+    assert places.tolist() == [3, 4, 2**31 - 1, 0]
+    k = torch.zeros(4, 4, 2, 8)
+    with pytest.raises(ValueError, match="request 1 has position 2147483647"):
+        flashinfer.append_paged_kv_cache(
+            torch.ones(4, 2, 8), torch.ones(4, 2, 8), requests, places, (k, k.clone()), int32([0, 1, 2, 3]),
+            int32([0, 2, 4]), int32([1, 1]),
+        )  # fmt: skip
+    case = Case([14], [9])
+    with pytest.raises(ValueError, match="prefix_len_ptr holds"):
+        prefill(
+            case, causal=True, prefix_len_ptr=torch.tensor([WIDE + 5]), token_pos_in_items_ptr=torch.arange(9),
+            token_pos_in_items_len=12, max_item_len_ptr=torch.tensor([3]),
+        )  # fmt: skip
+
+
 def test_narrow_and_wide_integers_mean_the_same():
     case, want = Case(), Case().want(causal=True)[0]
     for dtype in (torch.int64, torch.int16, torch.uint32, torch.uint8):
@@ -486,6 +505,18 @@ def test_block_tables_with_rows_or_outputs_that_do_not_fit():
         call(case.q, case.kv, *fixed, kv_layout="NHD", sparse_topk=4)
     ask_for_nothing = {"sparse_top_k": 0, "cp_world": 1, "cp_rank": 0, "request_order": None, "mask": None}
     close(call(case.q, case.kv, *fixed, D**-0.5, kv_layout="NHD", **ask_for_nothing), case.want()[0])
+
+
+def test_rows_that_were_not_planned():
+    """Too many or too few rows are an error in every wrapper, with and without out=."""
+    case = Case([9, 4, 1, 13], [1] * 4)
+    for make in (prefill, decode, ragged, mixed):
+        wrapper, cache = make(case), rows_of(case) if make is ragged else (case.kv,)
+        for rows in (3, 5, 40):
+            q = torch.randn(rows, HQ, D)
+            for options in ({}, {"out": torch.empty(rows, HQ, D)}):
+                with pytest.raises(ValueError, match=rf"{rows}"):
+                    wrapper.run(q, *cache, **options)
 
 
 BACKENDS = {

@@ -9,6 +9,7 @@ from flashloom.compat.flashinfer import _later, _ops, utils
 from flashloom.compat.flashinfer import _plans as plans
 from flashloom.compat.flashinfer.jit import gen_page_module
 from flashloom.kv_cache import append
+from flashloom.kv_cache.integers import INT32_MAX
 from flashloom.kv_cache.views import as_kv
 
 __all__ = ["append_paged_kv_cache", "gen_page_module", "get_batch_indices_positions", "get_seq_lens"]
@@ -118,7 +119,9 @@ def get_batch_indices_positions(
         place = seq_lens.to(device)[known] - append_indptr[1:][known] + token
     else:
         place = torch.zeros_like(token)
-    found = request.masked_fill(beyond, -1).to(torch.int32), place.masked_fill(beyond, 0).to(torch.int32)
+    # a position beyond 32 bits stays beyond every page
+    place = place.masked_fill(beyond, 0).clamp(-INT32_MAX, INT32_MAX)
+    found = request.masked_fill(beyond, -1).to(torch.int32), place.to(torch.int32)
     if batch_indices is not None:
         batch_indices.copy_(found[0])
     if positions is not None:

@@ -129,8 +129,8 @@ class _Prefill(Wrapper):
         self._token_pos_in_items_len, self._max_item_len_ptr = length, longest
         if prefix is None:
             return None
-        prefix = prefix.reshape(-1).to(self.device, torch.int64).to(torch.int32)
-        flat = positions.to(self.device, torch.int64).to(torch.int32).reshape(-1)
+        prefix = plans.int32(prefix.reshape(-1), self.device, name="prefix_len_ptr")
+        flat = plans.int32(positions.reshape(-1), self.device, name="token_pos_in_items_ptr")
         missing = prefix.numel() * length - flat.numel()
         table = torch.nn.functional.pad(flat, (0, max(missing, 0)))[: prefix.numel() * length]
         return ItemScoring(prefix=prefix, position=table.view(prefix.numel(), length))

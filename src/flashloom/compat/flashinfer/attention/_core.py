@@ -15,6 +15,8 @@ from flashloom.compat.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrap
 class BatchAttention(Wrapper):
     """Prefill, append and decode of one mixed batch over pages, by one plan. `device`: where it computes."""
 
+    _tokens = 0
+
     def __init__(self, kv_layout: str = "NHD", device: str = "cuda"):
         super().__init__(torch.empty(0, dtype=torch.uint8, device=device), kv_layout, False, "auto", None)
 
@@ -42,6 +44,7 @@ class BatchAttention(Wrapper):
             raise NotImplementedError("use_profiler=True: flashloom's kernels write no profile into a buffer")
         host = plans.host_offsets("qo_indptr", qo_indptr)
         tokens, longest = int(host[-1]), int((host[1:] - host[:-1]).max()) if len(host) > 1 else 0
+        self._tokens = tokens
         self._set_rules(causal, -1, logits_soft_cap, "NONE", sm_scale, None, None)
         self._set_dtypes(q_data_type, kv_data_type, None)
         self._dims, self._page_size = (head_dim_qk, head_dim_vo), page_size
@@ -70,6 +73,8 @@ class BatchAttention(Wrapper):
         kv_cache_sf: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out [tokens, q_heads, head_dim_vo], lse float32 [tokens, q_heads], base 2)."""
+        if self._plans.batch is not None and q.shape[0] != self._tokens:
+            raise ValueError(f"q has {q.shape[0]} rows but plan() was given {self._tokens} query tokens: must be equal")
         if logits_soft_cap > 0 and self._logits_soft_cap <= 0:
             raise ValueError("logits_soft_cap used in kernel run but not provided in plan()")
         return self._attend(q, (kv_cache,), (), k_scale=k_scale, v_scale=v_scale, out=out, lse=lse, return_lse=True)
