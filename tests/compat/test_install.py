@@ -105,6 +105,17 @@ def test_programs_that_are_not_there_are_one_sentence(tmp_path):
     assert "nosuchmodule" in error
 
 
+def test_the_documentation_s_python_runs():
+    text = (SRC.parent / "docs" / "compat.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    status, out, error = run("-c", "\n".join(blocks))
+    assert (status, error) == (0, "")
+    assert out.startswith(
+        "flashinfer.mla.BatchMLAPagedAttentionWrapper is not served by flashloom: use flashloom.Atten"
+    )
+
+
 # --- names that are not served ---
 
 
