@@ -9,7 +9,16 @@ RESULTS ?= benchmarks/results
 BENCH = PYTHONPATH=src:.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: demo test lint test-gpu bench-gpu clean
+.PHONY: help demo test lint test-gpu bench-gpu clean
+
+help:
+	@echo "make demo        the main job on this machine: embeddings, generation, speed, pictures"
+	@echo "make test        ruff, mypy and all tests, WORKERS=2 at a time"
+	@echo "make lint        ruff and mypy alone"
+	@echo "make test-gpu    the tests that need an NVIDIA GPU, with PYTHON's torch and Triton"
+	@echo "make bench-gpu   every figure of the attention kernels on a GPU, into RESULTS=$(RESULTS)"
+	@echo "make clean       remove environments, caches and what the demo wrote"
+	@echo "PYTHON=python3.12 picks the interpreter, PIP_ARGS=... is handed to pip"
 
 demo: $(VENV)/demo.stamp
 	$(PY) -m flashloom demo
@@ -48,4 +57,4 @@ $(VENV)/dev.stamp: $(PY) pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis flashloom-demo

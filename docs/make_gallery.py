@@ -22,6 +22,8 @@ INTRODUCTION = """\
 Written by `python docs/make_gallery.py`; do not edit. Every picture shows the weights of one head over 64 tokens, as
 the kernels compute them: rows are queries, columns keys, white is masked, darker is heavier. Each row is scaled to its
 maximum, unless the text says otherwise. Queries and keys are a random walk, so that near tokens are alike, or all equal
+where the variant alone is to be seen. Each block is a program that makes a variant, for
+`fl.attention(q, k, v, variant=variant)`.
 where the variant alone is to be seen. Kinds of fields and how each is indexed: [tutorial.md](tutorial.md#2-variants).
 """
 
@@ -138,7 +140,10 @@ def page() -> str:
     """The text of gallery.md."""
     parts = [INTRODUCTION]
     for entry in ENTRIES:
-        code = dedent(entry.code).rstrip()
+        code = dedent(entry.code).strip()
+        torch_too = "import torch\n" if "torch" in code else ""
+        gap = "\n\n" if code.startswith("class") else "\n"
+        code = f"{torch_too}import flashloom as fl\n{gap}{code}"
         parts.append(f"## {entry.title}\n\n{entry.text}\n\n```python\n{code}\n```\n\n![](gallery/{entry.name}.png)\n")
     return "\n".join(parts)
 
