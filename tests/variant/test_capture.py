@@ -238,6 +238,7 @@ SCORES = {
     "made inside": lambda s, b, h, i, j: s + torch.tensor(2.5) * torch.ones(()) + torch.arange(N).float()[j],
     "made inside and changed": lambda s, b, h, i, j: s + torch.tensor([1.0, 4, 9]).flip(0).sqrt()[h],
     "made inside by number": lambda s, b, h, i, j: s + torch.tensor([1.0, 2.0]).sum().item() + torch.tensor(3).item(),
+    "masked_fill": lambda s, b, h, i, j: s.masked_fill(i < j, -1e4).masked_fill(i == 3, GAIN) + j.masked_fill(i > j, 2),
     "like": lambda s, b, h, i, j: s + torch.ones_like(s) + torch.zeros_like(s) + torch.full_like(s, 3) + s.new_ones(()),
     "symbols are 0-dim": lambda s, b, h, i, j: s + b.dim() + b.ndim + len(b.shape) + s.numel() + len(s.size()),
     "numpy": lambda s, b, h, i, j: s * numpy.float32(0.5) + numpy.float64(2) * s - numpy.int64(3) + numpy.int8(2),

@@ -89,6 +89,18 @@ def test_unheard_names_are_refused_when_first_traced() -> None:
             _ = unread(width=torch.ones(2) if kind in (torch.Tensor, v.PerHead) else 3).program
 
 
+def test_a_name_without_self_reads_no_field() -> None:
+    """The hook reads a global of the field's name, or a position."""
+    scope = {"width": 3}
+    exec("def logits_mask(self, at): return at.kv_pos > at.q_pos - width", scope)
+    with pytest.raises(TypeError, match=r"Mine\.width is a field that no hook reads"):
+        _ = define(fields={"width": int}, logits_mask=scope["logits_mask"])(width=5).program
+    with pytest.raises(TypeError, match=r"Mine\.kv_len is a field that no hook reads"):
+        _ = define(fields={"kv_len": int}, logits_mask=lambda self, at: at.kv_pos < at.kv_len)(kv_len=5).program
+    right = define(fields={"kv_len": int}, logits_mask=lambda self, at: at.kv_pos < self.kv_len)(kv_len=5)
+    assert right.values == (5,)
+
+
 def outer(variant, at):
     return variant.reach + at.q_pos
 

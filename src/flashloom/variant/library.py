@@ -114,26 +114,26 @@ class RopeHalf(Variant):
     unchanged."""
 
     inv_freq: torch.Tensor
-    constant_dim: ClassVar[int]
+    _dim: ClassVar[int]
 
-    def rotate(self, x, pos, at):
-        r, half = self.constant_dim, self.constant_dim // 2
+    def _rotate(self, x, pos, at):
+        r, half = self._dim, self._dim // 2
         angle = pos.to(torch.float32) * self.inv_freq[at.dim % half]
         other = torch.where(at.dim < half, -1.0, 1.0) * x[torch.where(at.dim < r, (at.dim + half) % r, at.dim)]
         return torch.where(at.dim < r, x * torch.cos(angle) + other * torch.sin(angle), x)
 
     def query_transform(self, q, at):
-        return self.rotate(q, at.q_pos, at)
+        return self._rotate(q, at.q_pos, at)
 
     def key_transform(self, k, at):
-        return self.rotate(k, at.kv_pos, at)
+        return self._rotate(k, at.kv_pos, at)
 
 
 class RopeInterleaved(RopeHalf):
     """Elements 2i and 2i + 1 are rotated together (GPT-J, the original RoFormer)."""
 
-    def rotate(self, x, pos, at):
-        r = self.constant_dim
+    def _rotate(self, x, pos, at):
+        r = self._dim
         angle = pos.to(torch.float32) * self.inv_freq[(at.dim % r) // 2]
         other = (
             torch.where(at.dim % 2 == 0, -1.0, 1.0) * x[torch.where(at.dim < r, at.dim + 1 - 2 * (at.dim % 2), at.dim)]
@@ -195,7 +195,7 @@ def rope(
 @functools.lru_cache  # rope(64) is of one class however often it is called
 def _rope_class(dim: int, interleaved: bool) -> type[Variant]:
     base = RopeInterleaved if interleaved else RopeHalf
-    return type(base.__name__, (base,), {"constant_dim": dim, "__module__": __name__})
+    return type(base.__name__, (base,), {"_dim": dim, "__module__": __name__})
 
 
 class Sink(Variant):
@@ -241,17 +241,17 @@ def prefix_lm(prefix_lens: torch.Tensor) -> Variant:
 
 class DenseMask(Variant):
     mask: torch.Tensor
-    constant_rank: ClassVar[int]
+    _rank: ClassVar[int]
     _sized = ("mask",)
 
     def logits_mask(self, at):
         row = at.q_pos - (at.kv_len - at.q_len)
-        leading = {2: (), 3: (at.batch,), 4: (at.batch, at.q_head)}[self.constant_rank]
+        leading = {2: (), 3: (at.batch,), 4: (at.batch, at.q_head)}[self._rank]
         return self.mask[(*leading, row, at.kv_pos)]
 
     def _check_batch(self, batch, heads):
         shape = tuple(self.mask.shape)
-        want = ((batch.requests, "requests"), (heads.q_heads, "query heads"))[: self.constant_rank - 2]
+        want = ((batch.requests, "requests"), (heads.q_heads, "query heads"))[: self._rank - 2]
         for axis, (size, name) in enumerate(want):
             if shape[axis] not in (1, size):
                 raise ValueError(
@@ -367,7 +367,7 @@ def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Varia
 
 @functools.lru_cache
 def _mask_class(rank: int) -> type[Variant]:
-    return type("DenseMask", (DenseMask,), {"constant_rank": rank, "__module__": __name__})
+    return type("DenseMask", (DenseMask,), {"_rank": rank, "__module__": __name__})
 
 
 def packed_mask(bits: torch.Tensor, indptr: torch.Tensor) -> Variant:

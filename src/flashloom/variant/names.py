@@ -3,8 +3,10 @@ plain attention."""
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,8 +16,12 @@ HOOK_ARGUMENTS = {
     "query_transform": ("q", "at"), "key_transform": ("k", "at"), "logits_transform": ("logits", "at"),
     "logits_mask": ("at",), "output_transform": ("out", "lse", "at"),
 }  # fmt: skip
+#: What `at` has.
+AT = {"batch", "q_head", "kv_head", "q_pos", "kv_pos", "q_len", "kv_len", "dim", "head_dim"}
 _FLEX = {"score_mod": "logits_transform", "mask_mod": "logits_mask", "mask": "logits_mask", "bias": "logits_transform"}
 _NEAR = 0.75
+_OTHERS = {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}  # their functions read nothing of a variant
+_MOST = 500  # functions whose code is read
 _PLAIN_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _LOOKS_UP = {"getattr", "vars", "__dict__", "__getattribute__", "attrgetter", "eval", "exec"}  # names made at run time
 
@@ -79,7 +85,7 @@ def check_read(cls: type, base: type, used: Iterable[str]) -> None:
         read = _names_read(cls, base)
         if read is None:
             return
-        read |= set(used)
+        read = (read - AT) | set(used)
         for name in cls._kinds:  # type: ignore[attr-defined]
             if name not in read:
                 raise TypeError(
@@ -149,7 +155,8 @@ def _classes(cls: type, base: type) -> list[type]:
 
 
 def _names_read(cls: type, base: type) -> set[str] | None:
-    """Every name in the code that the hooks of a class and of its bases reach; None where code looks names up."""
+    """Every attribute that the code reads which the hooks of a class and of its bases reach; None where code looks
+    names up."""
     members: dict[str, list[Any]] = {}
     for owner in _classes(cls, base):
         for name, value in vars(owner).items():
@@ -162,13 +169,13 @@ def _names_read(cls: type, base: type) -> set[str] | None:
             if id(function) in seen:
                 continue
             seen.add(id(function))
-            found = set(_names_of(function.__code__))
-            if found & _LOOKS_UP:
+            found, attributes = set(_names_of(function.__code__)), set(_attributes_of(function.__code__))
+            if found & _LOOKS_UP or len(seen) > _MOST:
                 return None
-            pending += [v for name in found - names for v in members.get(name, ())]
+            pending += [v for name in attributes - names for v in members.get(name, ())]
             pending += [function.__globals__[n] for n in found if n in function.__globals__]
             pending += _cells(function)
-            names |= found
+            names |= attributes
     return names
 
 
@@ -176,7 +183,7 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
     """The user's Python functions behind an attribute or a name."""
     if isinstance(value, types.FunctionType):
         yield from _functions(getattr(value, "__wrapped__", None))
-        if (value.__module__ or "").split(".")[0] not in ("torch", "numpy"):
+        if (value.__module__ or "").split(".")[0] not in _OTHERS:
             yield value
     elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
         yield from _functions(value.__func__)
@@ -201,6 +208,16 @@ def _names_of(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _names_of(constant)
+
+
+def _attributes_of(code: types.CodeType) -> Iterator[str]:
+    """Names that follow a dot. Those of `at` and of fields are told apart by what the program reads."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _attributes_of(constant)
 
 
 def name_of(value: object, *functions: Any, holder: object = None) -> str | None:

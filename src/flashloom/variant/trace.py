@@ -269,6 +269,7 @@ OPS: dict[str, Callable[..., Symbol]] = {
     "square": lambda x: OPS["mul"](x, x), "reciprocal": lambda x: _divide(1.0, x), "relu": lambda x: OPS["max"](x, 0),
     "new_ones": _new(1), "new_zeros": _new(0), "full_like": _filled(None), "zeros_like": _filled(0),
     "ones_like": _filled(1), "clone": lambda x: Symbol(lift(x)),
+    "masked_fill": lambda x, mask, value: _convert(_where(mask, value, x), Symbol(lift(x))),
 }  # fmt: skip
 
 # names under which torch knows them, as functions of torch and as methods of a tensor
