@@ -192,7 +192,8 @@ def _attend_rows(
         if kept is not None:
             logits = torch.where(kept, logits, -torch.inf)
         lse = torch.logsumexp(logits, -1).T  # [n, q_heads]
-        weights = torch.exp(logits - torch.where(lse == -torch.inf, 0, lse).T.unsqueeze(-1))
+        # not exp(logits - lse): beside large logits lse does not say how many there are
+        weights = torch.where((lse == -torch.inf).T.unsqueeze(-1), 0, torch.softmax(logits, -1))
     out = _weighted_sum(weights, v.repeat_interleave(group, 1), kept)
     if program.output is not None and not partial:
         dims = {

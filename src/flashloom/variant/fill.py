@@ -2,7 +2,8 @@
 
 Kernels compute the softmax in units of log2, in which such a score would be -inf and its key left out. So where a hook
 can return one, it is raised to `LOWEST`, whose multiple is finite and exact. A row of nothing else then is the mean of
-its values, as in torch, and beside any other score its weight is 0 as before.
+its values, as in torch, and beside any other score its weight is 0 as before. Other large constants become powers of
+two: the rounding of their multiples, of which a fused multiplication knows nothing, would be large as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from flashloom.variant.expr import BOOL, DOUBLE, FLOAT, Expr, const, make, select
 
 LOWEST = -(2.0**127)
+_COARSE = 2.0**31  # here float32's steps are 256 and more
 _LARGE = 2.0**100  # multiples and sums of smaller constants do not come near
 _PASSED_ON = ("add", "sub", "neg", "where", "min", "max", "cast")
 
@@ -21,7 +23,9 @@ def raised(e: Expr) -> Expr:
     if e.op == "where":
         return select(e.args[0], raised(e.args[1]), raised(e.args[2]))
     if e.op == "const":
-        return const(LOWEST, e.dtype) if -math.inf < e.attr < LOWEST else e
+        if math.isfinite(e.attr) and abs(e.attr) >= _COARSE:
+            return const(math.copysign(2.0 ** (math.frexp(e.attr)[1] - 1), e.attr), e.dtype)
+        return e
     if not _reaches(e, {}):
         return e
     least = make("max", FLOAT, (e, const(LOWEST)))
