@@ -86,6 +86,44 @@ def test_wide_numbers_on_a_device_stay_out_of_range():
     assert _plans.int32(x, x.device).tolist() == [0, 5, 2**31 - 1, -(2**31) + 1]
 
 
+def test_wide_page_numbers_on_a_device_are_reported_by_a_later_call():
+    """Nothing waits, no other page is read, and numbers behind the table's end do not matter."""
+    case = Case([9, 4, 1, 13], [1] * 4, dtype=torch.float16)
+    gpu, want = on_gpu(case), case.want()[0]
+    wide = torch.cat([case.indices.long(), torch.tensor([2**40])]).cuda()
+    last, sizes = case.last.cuda(), (HQ, HK, D, PAGE)
+    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace())
+    paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace())
+    plans = (
+        lambda pages: decode.plan(gpu.indptr, pages, last, *sizes),
+        lambda pages: paged.plan(gpu.q_indptr, gpu.indptr, pages, last, *sizes),
+    )
+    for wrapper, plan in zip((decode, paged), plans):
+        plan(wide)
+        close(wrapper.run(gpu.q, gpu.kv).cpu(), want, 5e-3)
+        bad = wide.clone()
+        bad[1] += 2**32
+        plan(bad)
+        torch.cuda.synchronize()
+        with pytest.raises(ValueError, match=r"keys, more than its pages"):
+            wrapper.run(gpu.q, gpu.kv)
+        plan(wide)
+        close(wrapper.run(gpu.q, gpu.kv).cpu(), want, 5e-3)
+    table, lens = block_table(case).long().cuda(), int32(case.kv_lens).cuda()
+    table[2, 5] = 2**40  # behind its one page
+    call = lambda table: flashinfer.xqa_batch_decode_with_kv_cache(  # noqa: E731
+        gpu.q, gpu.kv, workspace(), table, lens, 13, D**-0.5
+    )
+    close(call(table).cpu(), want, 5e-3)
+    bad = table.clone()
+    bad[3, 0] += 2**32
+    call(bad)
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match=r"keys, more than its pages"):
+        call(table)
+    close(call(table).cpu(), want, 5e-3)
+
+
 @pytest.mark.parametrize("place", ["host", "device"])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_plans_take_arrays_from_either_side(place, dtype):

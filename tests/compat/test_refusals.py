@@ -248,6 +248,14 @@ def test_numbers_beyond_32_bits_are_refused_everywhere():
         d(workspace()).plan(int32([0, 2, 4]), int32([0, 1, 2, 3]), int32([4]), *sizes)
 
 
+def test_wide_pages_are_those_in_use():
+    from flashloom.compat.flashinfer._plans import wide_pages
+
+    pages = torch.tensor([3, -1, WIDE, 2**31 - 1, -WIDE])
+    for used, wide in (([1, 1, 0, 1, 0], False), ([0, 0, 1, 0, 0], True), ([0, 0, 0, 0, 1], True), ([0] * 5, False)):
+        assert wide_pages(pages, torch.tensor(used, dtype=torch.bool)).item() is wide
+
+
 def test_positions_beyond_32_bits_stay_outside():
     indptr, lens = torch.tensor([0, 2, 3]), torch.tensor([5, 2**32 + 4])
     requests, places = flashinfer.get_batch_indices_positions(indptr, lens, 4)

@@ -15,11 +15,12 @@ from flashloom.attention import Attention, Batch, HeadShape, Plan, Reserve
 from flashloom.compat.flashinfer import utils
 from flashloom.compat.flashinfer._variants import LOG2E
 from flashloom.kv_cache import PageTable, RaggedKV
-from flashloom.kv_cache.integers import offsets, to_int32
+from flashloom.kv_cache.integers import INT32_MAX, offsets, to_int32
 
 ATTENTIONS_KEPT = 256
 PLANS_KEPT = 8  # per wrapper
 SCALES_KEPT = 1024
+NO_LENGTH = 1 << 30  # more than the pages of any request hold
 NARROW = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32)
 
 _lock = threading.Lock()
@@ -200,16 +201,23 @@ def int32(x: torch.Tensor, device: torch.device, non_blocking: bool = True, *, n
 
 
 def table(
-    indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor
+    indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor, name: str = "last_page_len"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A page table in CSR form as int32, each part where it is; what is on the host is checked."""
+    """A page table in CSR form as int32, each part where it is; what is on the host is checked. Page numbers that need
+    64 bits on a device make lengths that no pages hold, which the kernel that plans refuses and a later call reports.
+    The last part, called `name`, may be whole lengths."""
     indptr = int32(indptr, indptr.device, name="indptr")
     check_offsets("indptr", indptr, indices)
-    return (
-        indptr,
-        int32(indices, indices.device, name="page numbers"),
-        int32(last_page_len, last_page_len.device, name="last_page_len"),
-    )
+    last = int32(last_page_len, last_page_len.device, name=name)
+    if indices.dtype is torch.int64 and indices.device.type != "cpu":
+        used = torch.arange(len(indices), device=indices.device) < indptr[-1].to(indices.device)
+        last = last.to(indices.device).masked_fill(wide_pages(indices, used), NO_LENGTH)
+    return indptr, int32(indices, indices.device, name="page numbers"), last
+
+
+def wide_pages(pages: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """Whether a page number in use does not fit 32 bits: a bool without dimensions, where the numbers are."""
+    return (((pages > INT32_MAX) | (pages < -INT32_MAX)) & used).any()
 
 
 def check_offsets(name: str, indptr: torch.Tensor, indices: torch.Tensor | None = None) -> None:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 import flashloom as fl
 from flashloom.attention import Batch, Plan, Reserve
 from flashloom.compat.flashinfer import _ops, utils
-from flashloom.compat.flashinfer._plans import Form, attention, base_two, int32, scale_tensor
+from flashloom.compat.flashinfer._plans import NO_LENGTH, Form, attention, base_two, int32, scale_tensor, wide_pages
 from flashloom.compat.flashinfer._variants import Instances, Rules, variant
 from flashloom.kv_cache import PageTable
 from flashloom.kv_cache.integers import offsets, on_host
@@ -103,6 +103,9 @@ def attend_tables(
     heads, page_size = (k.shape[2], k.shape[1]) if kv_layout == "NHD" else (k.shape[1], k.shape[2])
     device, requests = query.device, seq_lens.numel()
     lens = int32(seq_lens.reshape(-1), device, name="seq_lens")
+    if block_tables.dtype is torch.int64 and device.type != "cpu":  # as `table` of wrappers' plans does
+        used = torch.arange(block_tables.shape[1], device=device) * page_size < lens.unsqueeze(1)
+        lens = lens.masked_fill(wide_pages(block_tables.to(device), used), NO_LENGTH)
     pages = int32(block_tables, device, name="block_tables")
     table = PageTable.from_block_table(pages, lens, page_size=page_size)
     if q_indptr is None:

@@ -49,12 +49,10 @@ class BatchAttention(Wrapper):
         self._set_dtypes(q_data_type, kv_data_type, None)
         self._dims, self._page_size = (head_dim_qk, head_dim_vo), page_size
         q_indptr, indptr, indices, lens = (
-            plans.int32(x, self.device, name=name)
-            for name, x in (
-                ("qo_indptr", qo_indptr),
-                ("kv_indptr", kv_indptr),
-                ("kv_indices", kv_indices),
-                ("kv_len_arr", kv_len_arr),
+            x.to(self.device)
+            for x in (
+                plans.int32(qo_indptr, qo_indptr.device),
+                *plans.table(kv_indptr, kv_indices, kv_len_arr, "kv_len_arr"),
             )
         )
         batch = plans.paged(q_indptr, longest, tokens, indptr, indices, lens, page_size)
