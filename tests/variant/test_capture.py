@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import random
 import types
 
 import numpy
@@ -250,6 +251,32 @@ SCORES = {
 @pytest.mark.parametrize("name", SCORES)
 def test_what_may_be_done_with_a_tensor(name) -> None:
     agrees(SCORES[name])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_functions_of_functions(seed) -> None:
+    """Several of them on each other's results, over tensors of random types, layouts and ways to reach them."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    chain = [SCORES[name] for name in draw.sample(sorted(SCORES), 3)]
+    dtype = draw.choice([torch.float32, torch.float16, torch.int64, torch.uint8, torch.float64])
+    whole = torch.randint(0, 5, (N + 1, 2, N + 2), dtype=torch.int32).to(dtype)
+    table = draw.choice([whole[:, 0], whole[:, 1].T, whole[1:, :, ::1].select(1, 0), whole[0, 0, :1].expand(N, N)])
+    held = types.SimpleNamespace(x=[table])
+    reach = draw.choice([lambda: table, lambda: held.x[0]])
+    rows, columns = table.shape
+
+    def score(s, b, h, i, j):
+        s = functools.reduce(lambda s, f: f(s, b, h, i, j), chain, s)
+        return s / 64 + reach()[i % rows, j % reach().shape[1]] * 0.5 - reach()[-1, j % columns]
+
+    def mask(b, h, i, j):
+        return (reach()[i % rows, j % columns] <= reach()[j % rows][i % columns]) | (i == j)
+
+    variant = v.from_flex(score, mask)
+    assert torch.equal(by_flashloom(variant, "mask"), one_by_one(mask, mask=True))
+    expected = one_by_one(score, mask=False).float()
+    torch.testing.assert_close(by_flashloom(variant, "logits"), expected, rtol=1e-4, atol=1e-4)
 
 
 WINDOW = numpy.int64(4)

@@ -47,11 +47,16 @@ INSTANCES: weakref.WeakValueDictionary[int, Variant] = weakref.WeakValueDictiona
 class Variant:
     """Base class of attention variants.
 
-    Annotated fields become run-time parameters and keyword arguments of the constructor. Overridden hooks become the
-    kernel: `query_transform(q, at)`, `key_transform(k, at)`, `logits_transform(logits, at)`, `logits_mask(at)` and
-    `output_transform(out, lse, at)`; `at` has batch, q_head, kv_head, q_pos, kv_pos, q_len, kv_len and, in vector
-    hooks, dim and head_dim. Positions are absolute within the request. With `softmax = False` the transformed logits
-    are the weights. Variants compose with `&`, applied left to right.
+    Annotated fields become run-time parameters and keyword arguments of the constructor; help(fl.PerHead) and the other
+    kinds say how each is indexed. Overridden hooks become the kernel: `query_transform(q, at)`, `key_transform(k, at)`,
+    `logits_transform(logits, at)`, `logits_mask(at)` and `output_transform(out, lse, at)`; `at` has batch, q_head,
+    kv_head, q_pos, kv_pos, q_len, kv_len and, in vector hooks, dim and head_dim. Positions are absolute within the
+    request. With `softmax = False` the transformed logits are the weights. Variants compose with `&`, applied left to
+    right.
+
+    What no hook reads or calls is a TypeError when the class is first used, as is a class without a hook; a name that
+    is a hook's but for its spelling is one at once. Names of another purpose begin with an underscore. Variants are
+    equal when their classes and numbers are and their tensors are the same objects, and can be keys of a dict.
     """
 
     if TYPE_CHECKING:
