@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tests.lower.check import compare
-from tests.variant.integers import KEYS, mask_of, score_of
+from tests.variant.integers import KEYS, mask_of, score_of, widths
 from tests.variant.strategies import HEADS, Case, cases, conditions, numbers, tile_inputs, variant_of
 
 import flashloom.variant as v
@@ -138,7 +138,7 @@ def test_random_variants_agree(tmp_path_factory: pytest.TempPathFactory, example
 def test_random_integers_agree(tmp_path: Path) -> None:
     """Integers of every type, negative indices and float64, of which tests/variant say what they are in torch."""
     case = Case(q_len=KEYS, kv_len=KEYS, q_start=0, kv_start=0, batch=1, seed=0)
-    variants = [v.from_flex(score_of(seed)[1], mask_of(seed)[1]) for seed in range(24)]
+    variants = [v.from_flex(score_of(seed)[1], mask_of(seed)[1]) for seed in range(24)] + widths()
     library = build([cpp.render(variant.program, 16, 16) for variant in variants], tmp_path)
     for i, variant in enumerate(variants):
         run(getattr(library, f"probe{i}"), case, variant)

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from hypothesis import HealthCheck, Phase, given, settings
 from tests.lower.check import compare
-from tests.variant.integers import KEYS, mask_of, score_of
+from tests.variant.integers import KEYS, mask_of, score_of, widths
 from tests.variant.strategies import Case, cases, conditions, numbers, tile_inputs, variant_of
 
 import flashloom.variant as v
@@ -105,6 +105,8 @@ def random_integers() -> None:
     case = Case(q_len=KEYS, kv_len=KEYS, q_start=0, kv_start=0, batch=1, seed=0)
     for seed in range(24):
         check(case, v.from_flex(score_of(seed)[1], mask_of(seed)[1]))
+    for variant in widths():
+        check(case, variant)
 
 
 if __name__ == "__main__":

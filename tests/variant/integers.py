@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
+import flashloom.variant as v
+
 KEYS, HEADS = 24, 4
 EDGES = (2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**32, 2**40, 2654435761, 255, 256, -129, 32768, -1, 2**62)
 INTEGERS = ("uint8", "int8", "int16", "int32", "int64")
@@ -138,3 +140,22 @@ def truth(function: Callable[..., Any], batch: int, logits: torch.Tensor | None 
     indices = tuple(torch.arange(n) for n in (batch + 1, HEADS, KEYS, KEYS))
     with TransformGetItemToIndex():
         return (function(*indices) if logits is None else function(logits, *indices))[batch]
+
+
+class Widths(v.Variant):
+    """Positions beside numbers of the variant, in every way that could leave 32 bits."""
+
+    n: int
+    shift: v.PerRequest
+
+    def logits_mask(self, at):
+        a = at.kv_pos <= at.q_pos + self.n
+        b = at.kv_pos - self.n < at.q_pos * 3
+        c = at.kv_pos + self.shift[at.batch] >= at.q_pos - self.n
+        return (a & b) ^ (c | (abs(at.q_pos - self.n) > self.shift[at.batch]))
+
+
+def widths() -> list[v.Variant]:
+    """Of a batch of two requests: numbers within 32 bits, at their edge and beyond."""
+    shift = torch.tensor([5, -(2**31)], dtype=torch.int32)
+    return [Widths(n=n, shift=shift) for n in (5, 2**31 - 1, 2**40, -(2**62))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.variant.integers import HEADS, KEYS, mask_of, score_of, truth
+from tests.variant.integers import HEADS, KEYS, Widths, mask_of, score_of, truth
 
 import flashloom.variant as v
 from flashloom.lower.torch import evaluate
@@ -58,3 +58,76 @@ def test_random_scores_are_torchs(block: int) -> None:
         torch.testing.assert_close(
             got.double(), expected.double(), rtol=1e-6, atol=1e-5, msg=lambda m, t=text: f"{t}: {m}"
         )
+
+
+LIMITS = (0, 5, 2**30 - 1, 2**30, 2**30 + 1, 2**31 - 1, 2**31, 2**40, 2**62)
+FAR = 2**30 - 1  # the last position
+
+
+def placed(q_len: int, kv_len: int, rows: range, keys: range) -> dict[str, torch.Tensor]:
+    numbers = {"q_len": q_len, "kv_len": kv_len, "batch": 0, "kv_head": 0, "q_start": 0, "kv_start": 0, "q_head": 0}
+    return {
+        **{name: torch.tensor(n, dtype=torch.int32) for name, n in numbers.items()},
+        "q_pos": torch.tensor(rows, dtype=torch.int32).view(-1, 1),
+        "kv_pos": torch.tensor(keys, dtype=torch.int32).view(1, -1),
+    }
+
+
+PLACES = [  # also more queries than keys, whose first positions are negative, and the last positions that there are
+    (9, 9, range(9), range(9)), (FAR, 20, range(20 - FAR, 40 - FAR), range(20)),
+    (30, FAR, range(FAR - 30, FAR), range(20)), (30, FAR, range(FAR - 30, FAR), range(FAR - 20, FAR)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda p: f"{p[2]}-{p[3]}".replace(" ", ""))
+@pytest.mark.parametrize("n", LIMITS)
+def test_no_sum_wraps(n: int, place: tuple) -> None:
+    """Against Python's integers: windows, and a class with int and int32 fields."""
+    at, (_, _, rows, keys) = placed(*place), place
+    for shift in (0, 7, -(2**31), 2**31 - 1):
+        for sign in (1, -1):
+            m = sign * n
+            variant = Widths(n=m, shift=torch.tensor([shift], dtype=torch.int32))
+            got = evaluate(variant.program, "mask", at, variant.values)
+            for i, q in enumerate(rows):
+                for j, k in enumerate(keys):
+                    a, b, c = k <= q + m, k - m < q * 3, k + shift >= q - m
+                    assert bool(got[i, j]) == ((a and b) ^ (c or abs(q - m) > shift)), (m, shift, q, k)
+    for left, right in ((n, None), (n, n), (None, n), (3, n)):
+        window = v.sliding_window(left, right)
+        expected = torch.tensor(
+            [[(left is None or k >= q - left) and (right is None or k <= q + right) for k in keys] for q in rows]
+        )
+        got = evaluate(window.program, "mask", at, window.values)
+        assert torch.equal(got, expected), (left, right)
+        tile = {k: int(x) for k, x in at.items() if x.dim() == 0} | {"q_head_lo": 0, "q_head_hi": 0}
+        tile |= {"q_pos_lo": rows[0], "q_pos_hi": rows[-1], "kv_pos_lo": keys[0], "kv_pos_hi": keys[-1]}
+        true = FULL if expected.all() else PARTIAL if expected.any() else SKIP
+        assert tile_verdict(window.program, window.values, tile) in (true, PARTIAL)
+
+
+def test_a_window_without_limit_shares_the_kernel() -> None:
+    assert v.sliding_window(2**40, 2**31 - 1).program == v.sliding_window(4, 4).program
+    types = {n.dtype for n in topological(v.sliding_window(4, 4).program.mask)}
+    assert types == {INT32, BOOL}
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**200])
+def test_numbers_beyond_64_bits_are_refused(value: int) -> None:
+    with pytest.raises(v.TraceError, match="beyond int64"):
+        v.from_flex(mask_mod=lambda b, h, i, j: j < value).program  # noqa: B018
+    with pytest.raises(ValueError, match="at most 64 bits"):
+        Widths(n=value, shift=torch.zeros(1, dtype=torch.int32))
+
+
+def test_division_by_a_constant_zero_is_refused() -> None:
+    for text in ("i // 0", "i % 0"):
+        with pytest.raises(v.TraceError, match="divided by 0"):
+            v.from_flex(mask_mod=eval(f"lambda b, h, i, j: {text} > j")).program  # noqa: B018
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.float8_e4m3fn])
+def test_types_that_torch_does_not_compute_with_are_refused(dtype: torch.dtype) -> None:
+    table = torch.zeros(4).to(dtype)
+    with pytest.raises(TypeError, match="use one of bool, uint8"):
+        v.from_flex(lambda s, b, h, i, j: s + table[h]).program  # noqa: B018
