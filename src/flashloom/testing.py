@@ -1,17 +1,23 @@
 """Random attention cases compared with the float64 reference: `python -m flashloom.testing fuzz --cases 1000 --seed 0`.
 
 A case is two numbers: one draws the kernel (heads, dtypes, the form of the variant), one the batch, memory layout and
-values. Kernels are compiled, so a run draws few of them and many cases for each. A failing case prints the command
-that repeats it."""
+values. Kernels are compiled, so a run draws few of them and many cases for each. On a GPU (`--device cuda`) every
+backend that serves a case computes it, in several processes (`--jobs`). A failing case prints the command that repeats
+it."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import random
+import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +52,21 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, tol: float, name: str = 
             f"{name}{list(at)} is {float(got[at])} and should be {float(want[at])}; {int(wrong.sum())} of "
             f"{wrong.numel()} elements differ by up to "
             f"{float(error[wrong].max()):.3g} (allowed {tol:.2g})"
+        )
+
+
+def assert_near(
+    got: torch.Tensor, want: torch.Tensor, tol: float, more: torch.Tensor | None = None, name: str = "out"
+) -> None:
+    """Raise AssertionError unless got - want is within tol of want as a whole, by their norms, and of `more`: results
+    that are all small, as of many keys, have to be right, too."""
+    got, want = got.double().cpu(), want.double().cpu()
+    error, size = float((got - want).norm()), float(want.norm())
+    allowed = tol * size + (0.0 if more is None else float(more.norm()))
+    if not error <= allowed:
+        raise AssertionError(
+            f"{name} is {error / max(size, 1e-300):.2g} of its size away from what it should be (allowed "
+            f"{allowed / max(size, 1e-300):.2g})"
         )
 
 
@@ -163,10 +184,8 @@ def draw_kernel(seed: int) -> Kernel:
     """The kernel of a seed."""
     draw = random.Random(f"kernel {seed}")
     kv_heads = draw.choice([1, 1, 2, 3])
-    dim = draw.choice([64, 64, 128, 80, 256, 16, 8, 40, 33])
-    heads = HeadShape(
-        kv_heads * draw.choice([1, 2, 3, 4, 5, 8]), kv_heads, dim, draw.choice([dim, dim, 64, 128, 24, 17])
-    )
+    dim, other = (draw.choice([64, 128, draw.randrange(8, 257, 8), draw.randrange(3, 257)]) for _ in range(2))
+    heads = HeadShape(kv_heads * draw.choice([1, 2, 3, 4, 5, 8]), kv_heads, dim, draw.choice([dim, dim, other]))
     dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16, torch.bfloat16])
     kv_dtype = draw.choice([dtype] * 4 + [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
     parts = draw.sample(sorted(PARTS), draw.choice([0, 1, 1, 1, 2, 2, 3]))
@@ -377,21 +396,26 @@ def check_case(case: Case, executor: str | None = None, device: str = "cpu") -> 
             plan = layer.plan(case.update_from, reserve=Reserve(requests=case.batch.requests, tokens=case.batch.tokens))
             plan.update(case.batch)
     rows = case.q.shape[0]
-    out = torch.full((rows, heads.q_heads, heads.value_dim), 77.0, dtype=case.out_dtype, device=device)
-    lse = torch.full((rows, heads.q_heads), 77.0, device=device) if softmax else None
+    out = torch.full((rows, heads.q_heads, heads.value_dim), math.nan, dtype=case.out_dtype, device=device)
+    lse = torch.full((rows, heads.q_heads), math.nan, device=device) if softmax else None
     kv = (on(case.k), on(case.v), *(None if s is None else on(s) for s in scales))
     plan.run(on(case.q), kv, out=out, lse=lse, partial=case.partial)
     tokens = rows - case.padding
-    tol = tolerance(kernel.dtype, case.out_dtype) * max(1.0, _size(case, want[:tokens]))
+    each = tolerance(kernel.dtype, case.out_dtype)
+    largest = want[:tokens].abs().max().item() if tokens else 1.0  # rounding is relative to the terms of the sums
+    tol = each * max(1.0, largest * (1.0 if softmax else 2.0))
     try:
         assert_close(out[:tokens], want[:tokens], tol)
+        assert_near(out[:tokens], want[:tokens], each)
     except AssertionError:
-        assert_close(out[:tokens], want[:tokens], tol + 2 * _rounding(case, want[:tokens]))
-    if not (out[tokens:] == 77).all():
+        rounding = _rounding(case, want[:tokens])
+        assert_close(out[:tokens], want[:tokens], tol + 2 * float(rounding.abs().max()))
+        assert_near(out[:tokens], want[:tokens], each, 2 * rounding)
+    if not out[tokens:].isnan().all():
         raise AssertionError("rows of out beyond the batch were written")
     if lse is not None and want_lse is not None:
         assert_close(lse[:tokens], want_lse[:tokens], tolerance(kernel.dtype))
-        if not (lse[tokens:] == 77).all():
+        if not lse[tokens:].isnan().all():
             raise AssertionError("rows of lse beyond the batch were written")
         empty = want_lse[:tokens] == -math.inf
         if not (out[:tokens].cpu()[empty] == 0).all():
@@ -399,20 +423,14 @@ def check_case(case: Case, executor: str | None = None, device: str = "cpu") -> 
     return plan.executor
 
 
-def _size(case: Case, want: torch.Tensor) -> float:
-    """How large the terms of the sums are: rounding is relative to them."""
-    largest = want.abs().max().item() if want.numel() else 1.0
-    return largest * (1.0 if case.variant.program.softmax else 2.0)
-
-
-def _rounding(case: Case, want: torch.Tensor) -> float:
+def _rounding(case: Case, want: torch.Tensor) -> torch.Tensor:
     """What float32, which hooks are defined in, does to the definition itself: the angle of a rotation by a position in
     the thousands, for one, is off by more than the bound."""
     got, _ = attention_reference(
         case.q, case.k, case.v, case.batch, case.variant, layout=case.layout, k_scale=case.k_scale,
         v_scale=case.v_scale, sm_scale=case.sm_scale, partial=case.partial, dtype=torch.float32,
     )  # fmt: skip
-    return (got[: want.shape[0]].double() - want).abs().max().item()
+    return got[: want.shape[0]].double() - want
 
 
 class _Mover:
@@ -438,6 +456,18 @@ class _Mover:
         return moved
 
 
+def backends(case: Case, device: str) -> list[str | None]:
+    """The backends that check a case: on a GPU all that have kernels for it, else the one that dispatch chooses."""
+    if device == "cpu":
+        return [None]
+    spec = Attention(
+        case.kernel.heads, variant=case.variant, dtype=case.kernel.dtype, kv_dtype=case.kernel.kv_dtype,
+        batch_invariant=case.kernel.batch_invariant,
+    ).spec  # fmt: skip
+    answers = dispatch.choose(spec, torch.device(device))
+    return [cls.name for cls, refusal in answers if refusal is None and cls.name != "reference"] or [None]
+
+
 def fuzz(
     cases: int,
     seed: int = 0,
@@ -448,31 +478,83 @@ def fuzz(
 ) -> int:
     """Check `cases` random cases spread over `kernels` kernels; prints each failing one with the command that repeats
     it. Returns the number of failures (stopping at the first unless keep_going)."""
-    failures, start = 0, time.perf_counter()
-    served: dict[str, int] = {}
-    for i in range(cases):
-        kernel_seed, case_seed = seed * 100_000 + i * kernels // cases, i
-        case = draw_case(kernel_seed, case_seed)
-        try:
-            name = check_case(case, executor, device)
-            served[name] = served.get(name, 0) + 1
-        except Exception as error:
-            failures += 1
-            options = "".join(
-                [f" --executor {executor}" if executor else "", f" --device {device}" * (device != "cpu")]
-            )
-            print(f"FAILED python -m flashloom.testing case {kernel_seed} {case_seed}{options}")
-            print(f"  {case}\n  {type(error).__name__}: {error}", flush=True)
-            if not keep_going:
-                break
-        if sys.stderr.isatty() and i % 20 == 0:
-            print(f"\r{i + 1}/{cases} cases, {failures} failed", end="", file=sys.stderr, flush=True)
-    seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    served, failures = _share(cases, seed, kernels, executor, device, keep_going, 0, 1)
+    _summary(served, failures, seed, kernels, start)
+    return failures
+
+
+def _summary(served: Counter[str], failures: int, seed: int, kernels: int, start: float) -> None:
     by = ", ".join(f"{n} by {name}" for name, n in served.items())
-    print(
-        f"{sum(served.values())} cases passed ({by}), {failures} failed; seed {seed}, {kernels} kernels, {seconds:.0f} "
-        "s"
-    )
+    seconds = time.perf_counter() - start
+    passed = sum(served.values())
+    print(f"{passed} cases passed ({by}), {failures} failed; seed {seed}, {kernels} kernels, {seconds:.0f} s")
+
+
+def _share(
+    cases: int, seed: int, kernels: int, executor: str | None, device: str, keep_going: bool, first: int, step: int
+) -> tuple[Counter[str], int]:
+    """(cases passed by backend, failures) of every `step`-th kernel from the first on."""
+    served: Counter[str] = Counter()
+    failures = 0
+    for i in range(cases):
+        kernel = i * kernels // cases
+        if kernel % step != first:
+            continue
+        kernel_seed = seed * 100_000 + kernel
+        case = draw_case(kernel_seed, i)
+        for name in [executor] if executor else backends(case, device):
+            try:
+                served[check_case(case, name, device)] += 1
+            except Exception as error:
+                failures += 1
+                options = f" --executor {name}" * bool(name) + f" --device {device}" * (device != "cpu")
+                print(f"FAILED python -m flashloom.testing case {kernel_seed} {i}{options}")
+                print(f"  {case}\n  {type(error).__name__}: {error}", flush=True)
+                if _lost(device):
+                    print("  The device is lost to this process: its further cases are not checked.", flush=True)
+                    return served, failures
+                if not keep_going:
+                    return served, failures
+        if step == 1 and sys.stderr.isatty() and i % 20 == 0:
+            print(f"\r{i + 1}/{cases} cases, {failures} failed", end="", file=sys.stderr, flush=True)
+    return served, failures
+
+
+def _lost(device: str) -> bool:
+    try:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _in_processes(options: argparse.Namespace) -> int:
+    """The failures of `options.jobs` processes, each with a share of the kernels."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "flashloom.testing", "fuzz", "--device", options.device, "--jobs", "1"]
+    for name in ("cases", "seed", "kernels"):
+        command += [f"--{name}", str(getattr(options, name))]
+    command += ["--executor", options.executor] if options.executor else []
+    command += ["--keep-going"] if options.keep_going else []
+
+    def run(i: int) -> tuple[Counter[str], int]:
+        share = f"{i}/{options.jobs}"
+        done = subprocess.run([*command, "--share", share], stdout=subprocess.PIPE, text=True, check=False)
+        *lines, last = done.stdout.splitlines() or [""]
+        if done.returncode not in (0, 1) or not last.startswith("{"):
+            print(f"{done.stdout}FAILED share {share} ended with exit code {done.returncode}", flush=True)
+            return Counter(), 1
+        print("".join(line + "\n" for line in lines), end="", flush=True)
+        result = json.loads(last)
+        return Counter(result["passed"]), result["failed"]
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        shares = list(pool.map(run, range(options.jobs)))
+    served: Counter[str] = sum((share[0] for share in shares), Counter())
+    failures = sum(share[1] for share in shares)
+    _summary(served, failures, options.seed, options.kernels, start)
     return failures
 
 
@@ -482,7 +564,11 @@ def main(arguments: list[str] | None = None) -> int:
     many = commands.add_parser("fuzz", help="check many random cases")
     many.add_argument("--cases", type=int, default=1000)
     many.add_argument("--seed", type=int, default=0)
-    many.add_argument("--kernels", type=int, default=40, help="how many kernels are drawn, each compiled once")
+    many.add_argument(
+        "--kernels", type=int, help="how many are drawn, each compiled once (default: 40; on a GPU a twelfth of cases)"
+    )
+    many.add_argument("--jobs", type=int, help="processes (default: 1; on a GPU as many as cores, 14 at most)")
+    many.add_argument("--share", default="0/1", help=argparse.SUPPRESS)  # of one of several processes
     many.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     one = commands.add_parser("case", help="repeat one case")
     one.add_argument("kernel_seed", type=int)
@@ -492,9 +578,16 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     if options.command == "fuzz":
-        failed = fuzz(
-            options.cases, options.seed, options.kernels, options.executor, options.device, options.keep_going
-        )
+        gpu = options.device != "cpu"
+        options.kernels = options.kernels or max(40, options.cases // 12 if gpu else 0)
+        options.jobs = options.jobs or (min(os.cpu_count() or 1, 14) if gpu else 1)
+        asked = (options.cases, options.seed, options.kernels, options.executor, options.device, options.keep_going)
+        first, step = map(int, options.share.split("/"))
+        if step > 1:
+            served, failed = _share(*asked, first, step)
+            print(json.dumps({"passed": served, "failed": failed}))
+        else:
+            failed = _in_processes(options) if options.jobs > 1 else fuzz(*asked)
         return int(failed > 0)
     case = draw_case(options.kernel_seed, options.case_seed)
     print(case)

@@ -20,6 +20,24 @@ def test_the_chosen_executor_on_a_few_kernels(capsys):
     assert testing.fuzz(120, seed=2, kernels=6, keep_going=True) == 0, capsys.readouterr().out
 
 
+def test_kernels_are_of_every_width():
+    drawn = [testing.draw_kernel(seed) for seed in range(1500)]
+    assert set(range(8, 257, 8)) <= {kernel.heads.dim for kernel in drawn}
+    assert sum(kernel.heads.dim % 2 for kernel in drawn) > 100
+    eight = {k.heads.dim for k in drawn if k.kv_dtype.itemsize == 1}
+    assert {80, 96, 160} <= eight
+
+
+def test_several_processes_share_the_kernels(capsys):
+    asked = ["fuzz", "--cases", "9", "--kernels", "3", "--jobs", "2"]
+    assert testing.main([*asked, "--executor", "reference"]) == 0
+    assert "9 cases passed (9 by reference), 0 failed" in capsys.readouterr().out
+    assert testing.main([*asked, "--executor", "nothing"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED python -m flashloom.testing case ") == 2, "each stops at its first"
+    assert "0 cases passed (), 2 failed" in printed
+
+
 def test_a_case_is_its_two_numbers():
     a, b = testing.draw_case(5, 9), testing.draw_case(5, 9)
     assert str(a) == str(b)
@@ -64,6 +82,17 @@ def test_assert_close(got, want, same):
     else:
         with pytest.raises(AssertionError, match="should be"):
             testing.assert_close(torch.tensor(got), torch.tensor(want), 1e-4)
+
+
+def test_results_that_are_all_small_have_to_be_right():
+    want = torch.full((3, 4), 1e-3)
+    testing.assert_close(want * 1.5, want, 4e-3)
+    with pytest.raises(AssertionError, match="of its size away"):
+        testing.assert_near(want * 1.5, want, 4e-3)
+    testing.assert_near(want * 1.003, want, 4e-3)
+    testing.assert_near(want * 1.5, want, 4e-3, want * 0.5)
+    with pytest.raises(AssertionError):
+        testing.assert_near(want * math.nan, want, 4e-3)
 
 
 def test_what_float32_does_to_angles_is_no_error(monkeypatch):

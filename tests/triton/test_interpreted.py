@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` and `interpreted_edges.py` in a process of its own: Triton decides at its first import whether
+"""Runs the `interpreted*.py` beside it in a process of its own: Triton decides at its first import whether
 it interprets."""
 
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = ("interpreted", "interpreted_edges")
+FILES = ("interpreted", "interpreted_edges", "interpreted_crossing")
 
 
 def test_kernels_in_the_interpreter():
