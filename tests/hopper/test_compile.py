@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.hopper.listing import in_memory, innermost_loops
+from tests.triton.descriptors import disassembled, faults
 
 import flashloom as fl
 from flashloom import dispatch
@@ -167,6 +168,7 @@ def test_binary(kernel, tmp_path):
     sass = subprocess.run([TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
     assert bool(re.search(r"\b(LDL|STL)\b", sass)) <= bool(kernel.stack)
     assert len(re.findall(rf"\b{'Q' if byte else 'H'}GMMA\b", sass)) == kernel.products(chosen)
+    assert not faults(stages["ptx"], disassembled(cubin)), "products read other tiles than the compiler meant"
     loops = innermost_loops(sass, "HGMMA", "QGMMA")
     assert len(loops) == chosen.consumers * kernel.loops
     kept = sorted(map(in_memory, loops))  # loops without a mask keep none
