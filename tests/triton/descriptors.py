@@ -104,6 +104,7 @@ class Code:
             elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+{? *(?:@(!?U?P\w) +)?([A-Z0-9_.]+)\s*(.*?);", line):
                 operands = [x.strip().removesuffix(".reuse") for x in found[3].split(",")] if found[3].strip() else []
                 self.lines.append((found[1] or "", found[2], operands))
+        self._name_swaps()
         self.next: list[list[int]] = []
         for i, (condition, what, operands) in enumerate(self.lines):
             kind = what.split(".")[0]
@@ -113,6 +114,19 @@ class Code:
                 self.next.append([target] if not condition and len(operands) == 1 else [*ahead, target])
             else:
                 self.next.append([] if kind in ("EXIT", "RET") and not condition else ahead)
+
+    def _name_swaps(self) -> None:
+        """Three exclusive ors that exchange two registers become one instruction."""
+        for i, (condition, what, operands) in enumerate(self.lines):
+            if what != "ULOP3.LUT" or operands[3:5] != ["URZ", "0x3c"] or operands[0] != operands[1]:
+                continue
+            a, b = operands[0], operands[2]
+            touching = [j for j in range(i + 1, min(i + 12, len(self.lines))) if {a, b} & set(self.lines[j][2])][:2]
+            wanted = [[b, a, b, "URZ", "0x3c"], [a, a, b, "URZ", "0x3c"]]
+            if not condition and [self.lines[j][2][:5] for j in touching] == wanted:
+                self.lines[i] = ("", "SWAP", [a, b])
+                for j in touching:
+                    self.lines[j] = ("", "NOP", [])
 
     def states(self) -> dict[int, State]:
         """What holds before each product that is reached, on every path to it."""
@@ -195,6 +209,8 @@ def place(operand: str) -> int:
 def step(state: State, condition: str, what: str, operands: list[str]) -> State:
     """What an instruction changes in the state."""
     kind, *forms = what.split(".")
+    if kind == "SWAP":
+        return {operands[0]: read(state, operands[1]), operands[1]: read(state, operands[0])}
     if kind == "STL":
         count, first = registers(kind, forms), operands[1]
         names = [f"{first[0]}{int(first[1:]) + i}" if first != "RZ" else first for i in range(count)]

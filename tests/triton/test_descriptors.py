@@ -68,6 +68,11 @@ def test_descriptors_are_those_of_the_compiler():
     assert faults(PTX, machine("MOV R9, UR42 ;", turn="R2UR UR42, R9 ;")) == []
     through = "IMAD.U32 R9, RZ, RZ, UR42 ;\n /*0081*/ STL [R1+0x14], R9 ;\n /*0082*/ LDL R8, [R1+0x14] ;"
     assert faults(PTX, machine(f"{through}\n /*0083*/ R2UR UR38, R8 ;", "UR38")) == []
+    # and where two registers are exchanged
+    one, other = (f"ULOP3.LUT {x}, UR42, UR38, URZ, 0x3c, !UPT ;" for x in ("UR42", "UR38"))
+    swap = f"{one}\n /*0081*/ {other}\n /*0082*/ {one}"
+    assert faults(PTX, machine(f"{swap}\n /*0083*/ UMOV UR42, UR38 ;", "UR38")) == []
+    assert faults(PTX, machine(swap))
 
 
 @pytest.mark.parametrize(
