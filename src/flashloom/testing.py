@@ -55,19 +55,15 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, tol: float, name: str = 
         )
 
 
-def assert_near(
-    got: torch.Tensor, want: torch.Tensor, tol: float, more: torch.Tensor | None = None, name: str = "out"
-) -> None:
+def assert_near(got: torch.Tensor, want: torch.Tensor, tol: float, more: torch.Tensor | None = None) -> None:
     """Raise AssertionError unless got - want is within tol of want as a whole, by their norms, and of `more`: results
     that are all small, as of many keys, have to be right, too."""
     got, want = got.double().cpu(), want.double().cpu()
     error, size = float((got - want).norm()), float(want.norm())
     allowed = tol * size + (0.0 if more is None else float(more.norm()))
     if not error <= allowed:
-        raise AssertionError(
-            f"{name} is {error / max(size, 1e-300):.2g} of its size away from what it should be (allowed "
-            f"{allowed / max(size, 1e-300):.2g})"
-        )
+        error, allowed = error / max(size, 1e-300), allowed / max(size, 1e-300)
+        raise AssertionError(f"out is {error:.2g} of its size away from what it should be (allowed {allowed:.2g})")
 
 
 # --- what a case is ---
@@ -481,33 +477,21 @@ def fuzz(
     executor: str | None = None,
     device: str = "cpu",
     keep_going: bool = False,
+    seconds: float = math.inf,
+    share: tuple[int, int] | None = None,
 ) -> int:
     """Check `cases` random cases spread over `kernels` kernels; prints each failing one with the command that repeats
-    it. Returns the number of failures (stopping at the first unless keep_going)."""
-    start = time.perf_counter()
-    served, failures = _share(cases, seed, kernels, executor, device, keep_going, 0, 1)
-    _summary(served, failures, seed, kernels, start)
-    return failures
-
-
-def _summary(served: Counter[str], failures: int, seed: int, kernels: int, start: float) -> None:
-    by = ", ".join(f"{n} by {name}" for name, n in served.items())
-    seconds = time.perf_counter() - start
-    print(
-        f"{sum(served.values())} cases passed ({by}), {failures} failed; seed {seed}, {kernels} kernels, {seconds:.0f} s"
-    )
-
-
-def _share(
-    cases: int, seed: int, kernels: int, executor: str | None, device: str, keep_going: bool, first: int, step: int
-) -> tuple[Counter[str], int]:
-    """(cases passed by backend, failures) of every `step`-th kernel from the first on."""
+    it. Returns the number of failures (stopping at the first unless keep_going). Begins no case after `seconds`.
+    share: (i, n) are every n-th of the kernels from the i-th on, and the summary is JSON."""
     served: Counter[str] = Counter()
-    failures = 0
+    failures, start = 0, time.perf_counter()
+    first, step = share or (0, 1)
     for i in range(cases):
         kernel = i * kernels // cases
         if kernel % step != first:
             continue
+        if time.perf_counter() - start > seconds or (failures and (not keep_going or _lost(device))):
+            break
         kernel_seed = seed * 100_000 + kernel
         case = draw_case(kernel_seed, i, device)
         for name in [executor] if executor else backends(case, device):
@@ -518,49 +502,51 @@ def _share(
                 options = f" --executor {name}" * bool(name) + f" --device {device}" * (device != "cpu")
                 print(f"FAILED python -m flashloom.testing case {kernel_seed} {i}{options}")
                 print(f"  {case}\n  {type(error).__name__}: {error}", flush=True)
-                if _lost(device):
-                    print("  The device is lost to this process: its further cases are not checked.", flush=True)
-                    return served, failures
-                if not keep_going:
-                    return served, failures
-        if step == 1 and sys.stderr.isatty() and i % 20 == 0:
+                break
+        if share is None and sys.stderr.isatty() and i % 20 == 0:
             print(f"\r{i + 1}/{cases} cases, {failures} failed", end="", file=sys.stderr, flush=True)
-    return served, failures
+    print(json.dumps([served, failures]) if share else _summary(served, failures, seed, kernels, start))
+    return failures
+
+
+def _summary(served: Counter[str], failures: int, seed: int, kernels: int, start: float) -> str:
+    by = ", ".join(f"{n} by {name}" for name, n in served.items())
+    took = f"{kernels} kernels, {time.perf_counter() - start:.0f} s"
+    return f"{sum(served.values())} cases passed ({by}), {failures} failed; seed {seed}, {took}"
 
 
 def _lost(device: str) -> bool:
+    """Whether a kernel's illegal access has cost this process its device."""
     try:
-        return device != "cpu" and torch.cuda.synchronize(device) is not None
+        if device != "cpu":
+            torch.cuda.synchronize(device)
     except RuntimeError:
         return True
+    return False
 
 
-def _in_processes(options: argparse.Namespace) -> int:
+def _in_processes(arguments: list[str], options: argparse.Namespace) -> int:
     """The failures of `options.jobs` processes, each with a share of the kernels."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "flashloom.testing", "fuzz", "--device", options.device, "--jobs", "1"]
-    for name in ("cases", "seed", "kernels"):
-        command += [f"--{name}", str(getattr(options, name))]
-    command += ["--executor", options.executor] if options.executor else []
-    command += ["--keep-going"] if options.keep_going else []
 
     def run(i: int) -> tuple[Counter[str], int]:
-        share, last = f"{i}/{options.jobs}", ""
-        with subprocess.Popen([*command, "--share", share], stdout=subprocess.PIPE, text=True) as process:
+        command = [sys.executable, "-m", "flashloom.testing", *arguments, "--share", str(i), str(options.jobs)]
+        last = ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for last in process.stdout or ():
                 if not last.startswith("["):
                     print(last, end="", flush=True)
         if process.returncode in (0, 1) and last.startswith("["):
             passed, failed = json.loads(last)
             return Counter(passed), failed
-        print(f"FAILED share {share} ended with exit code {process.returncode}", flush=True)
+        print(f"FAILED process {i} of {options.jobs} ended with exit code {process.returncode}", flush=True)
         return Counter(), 1
 
     with ThreadPoolExecutor(options.jobs) as pool:
         shares = list(pool.map(run, range(options.jobs)))
-    served: Counter[str] = sum((share[0] for share in shares), Counter())
-    _summary(served, sum(share[1] for share in shares), options.seed, options.kernels, start)
-    return sum(share[1] for share in shares)
+    served, failures = sum((share[0] for share in shares), Counter()), sum(share[1] for share in shares)
+    print(_summary(served, failures, options.seed, options.kernels, start))
+    return failures
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -569,30 +555,27 @@ def main(arguments: list[str] | None = None) -> int:
     many = commands.add_parser("fuzz", help="check many random cases")
     many.add_argument("--cases", type=int, default=1000)
     many.add_argument("--seed", type=int, default=0)
-    many.add_argument(
-        "--kernels", type=int, help="how many are drawn, each compiled once (default: 40; on a GPU one for 25 cases)"
-    )
-    many.add_argument("--jobs", type=int, help="processes (default: 1; on a GPU as many as cores, 14 at most)")
-    many.add_argument("--share", default="0/1", help=argparse.SUPPRESS)  # of one of several processes
+    many.add_argument("--kernels", type=int, default=40, help="how many are drawn, each compiled once or a few times")
     many.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
+    many.add_argument("--seconds", type=float, default=math.inf, help="after which no case is begun")
+    many.add_argument("--jobs", type=int, help="processes (default: 1; on a GPU as many as cores, 14 at most)")
+    many.add_argument("--share", type=int, nargs=2, help=argparse.SUPPRESS)  # (i, n): of one of n processes
     one = commands.add_parser("case", help="repeat one case")
     one.add_argument("kernel_seed", type=int)
     one.add_argument("case_seed", type=int)
     for command in (many, one):
         command.add_argument("--executor", help="use this one (reference, cpu, triton, ...) instead of the best")
         command.add_argument("--device", default="cpu")
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     if options.command == "fuzz":
-        gpu = options.device != "cpu"
-        options.kernels = options.kernels or max(40, options.cases // 25 if gpu else 0)
-        options.jobs = options.jobs or (min(os.cpu_count() or 1, 14) if gpu else 1)
-        asked = (options.cases, options.seed, options.kernels, options.executor, options.device, options.keep_going)
-        first, step = map(int, options.share.split("/"))
-        if step > 1:
-            served, failed = _share(*asked, first, step)
-            print(json.dumps([served, failed]))
-        else:
-            failed = _in_processes(options) if options.jobs > 1 else fuzz(*asked)
+        options.jobs = options.jobs or (min(os.cpu_count() or 1, 14) if options.device != "cpu" else 1)
+        if options.jobs > 1 and not options.share:
+            return int(_in_processes(arguments, options) > 0)
+        failed = fuzz(
+            options.cases, options.seed, options.kernels, options.executor, options.device, options.keep_going,
+            options.seconds, options.share,
+        )  # fmt: skip
         return int(failed > 0)
     case = draw_case(options.kernel_seed, options.case_seed, options.device)
     print(case)

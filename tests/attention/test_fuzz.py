@@ -38,6 +38,11 @@ def test_several_processes_share_the_kernels(capsys):
     assert "0 cases passed (), 2 failed" in printed
 
 
+def test_a_run_ends_in_time(capsys):
+    assert testing.main(["fuzz", "--cases", "1000000", "--executor", "reference", "--seconds", "0.5"]) == 0
+    assert 0 < int(capsys.readouterr().out.split(" cases passed")[0]) < 1000
+
+
 def test_a_case_is_its_two_numbers():
     a, b = testing.draw_case(5, 9), testing.draw_case(5, 9)
     assert str(a) == str(b)

@@ -136,6 +136,7 @@ VARIANTS = {
     "softcap": lambda heads: fl.causal & fl.softcap(20.0),
     "alibi": lambda heads: fl.alibi(heads.q_heads) & fl.causal,
     "rope": lambda heads: fl.rope(heads.dim // 2 * 2) & fl.causal,
+    "turned": lambda heads: fl.rope(heads.dim // 2 * 2),
     "gain": lambda heads: KeyGain(gain=torch.ones(heads.kv_heads)) & fl.causal,
     "sigmoid": lambda heads: fl.sigmoid(0.0) & fl.causal,
 }
@@ -173,7 +174,7 @@ def drawn(seed, count):
         job = (dim, value_dim, q_dtype, kv_dtype, longest)
         yield (
             job,
-            draw.choice([x for x in VARIANTS if x != "rope" or dim > 1]),
+            draw.choice([x for x in VARIANTS if x not in ("rope", "turned") or dim > 1]),
             aligned,
             draw.choice([0, 1, 16, 64]),
             config,
@@ -186,6 +187,7 @@ LISTED = [
     *[((*widths, BF16, kv, 300), "causal", True, 16, None) for widths, kv in zip(WIDTHS, [E4M3, E5M2, I8] * 3)],
     *[((*widths, BF16, E4M3, 17), "full", True, 1, None) for widths in WIDTHS[:3]],
     *[((96, 96, BF16, kv, 300), name, True, 16, None) for name, kv in (("rope", BF16), ("gain", E4M3))],
+    ((80, 128, F16, F16, 300), "turned", True, 0, None),
 ]
 
 
