@@ -131,3 +131,26 @@ def test_types_that_torch_does_not_compute_with_are_refused(dtype: torch.dtype) 
     table = torch.zeros(4).to(dtype)
     with pytest.raises(TypeError, match="use one of bool, uint8"):
         v.from_flex(lambda s, b, h, i, j: s + table[h]).program  # noqa: B018
+
+
+def test_a_float_field_beside_float64_is_not_rounded() -> None:
+    class Since(v.Variant):
+        when: v.PerKeyToken
+        span: float
+        scale: float
+
+        def logits_mask(self, at):
+            return self.when[at.q_pos] - self.when[at.kv_pos] <= self.span
+
+        def logits_transform(self, logits, at):
+            return logits * self.scale
+
+    when = torch.arange(KEYS, dtype=torch.float64) * 0.1
+    for span in (0.1, 0.30000000000000004, 0.3, 0.7, 1e-300):
+        variant = Since(when=when, span=span, scale=0.1)
+        assert torch.equal(kept_by(variant)[0], when.view(-1, 1) - when <= span)
+        assert variant.program == Since(when=when, span=0.5, scale=3.0).program
+    table = torch.zeros(4, dtype=torch.float64)
+    flex = v.from_flex(lambda s, b, h, i, j: torch.where(table[h] + 0.1 == 0.1, s, 0.0))
+    got = evaluate(flex.program, "logits", {**AT, "logits": torch.ones(KEYS, KEYS)}, flex.values)
+    assert torch.equal(got.expand(HEADS, KEYS, KEYS), torch.ones(HEADS, KEYS, KEYS))

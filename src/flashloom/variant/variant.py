@@ -277,6 +277,22 @@ def _params(hooks: dict[str, Expr]) -> set[Param]:
     return {n.attr for n in ir.topological(*hooks.values()) if isinstance(n.attr, Param)}
 
 
+def _in_doubles(
+    hooks: dict[str, Expr], params: list[tuple[Param, Any]]
+) -> tuple[dict[str, Expr], list[tuple[Param, Any]]]:
+    """Float fields that meet float64 tensors become float64 tensors of one element: kernels take numbers as float32."""
+    values, new = dict(params), {}
+    for node in ir.topological(*hooks.values()):
+        if node.op == "cast" and node.dtype == ir.DOUBLE and node.args[0].op == "param" and node.args[0].dtype == FLOAT:
+            new[node] = Param(node.args[0].attr.name, "tensor", ir.DOUBLE, 0)
+    device = next((v.device for v in values.values() if isinstance(v, torch.Tensor)), None)
+    more = [
+        (p, torch.tensor(float(values[n.args[0].attr]), dtype=torch.float64, device=device)) for n, p in new.items()
+    ]
+    loads = {n: ir.make("load", ir.DOUBLE, (), p) for n, p in new.items()}
+    return ({h: ir.substitute(e, loads) for h, e in hooks.items()} if new else hooks), [*params, *more]
+
+
 def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
     """Call every part's hooks with symbols and chain the results."""
     params: list[tuple[Param, Any]] = []
@@ -313,6 +329,7 @@ def trace_parts(parts: list[Variant]) -> tuple[Program, tuple[Any, ...]]:
         del changed["mask"]
     if softmax and "logits" in changed:
         changed["logits"] = fill.raised(changed["logits"])
+    changed, params = _in_doubles(changed, params)
     used = _params(changed)
     kept = [(p, v) for p, v in params if p in used]
     program = Program(tuple(p for p, _ in kept), softmax=softmax, **changed)
