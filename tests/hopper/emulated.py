@@ -3,6 +3,8 @@ TRITON_INTERPRET=1."""
 
 import pytest
 import torch
+from tests.hopper.drawn import drawn
+from tests.hopper.emulator.language import gl
 from tests.hopper.emulator.launch import PROCESSORS, Emulated, install
 from tests.hopper.strided import check_views
 from tests.lower.reaching import KINDS, reaching
@@ -25,6 +27,7 @@ from tests.triton.cases import (
 
 import flashloom as fl
 from flashloom import dispatch
+from flashloom.attention import hopper_executor
 from flashloom.attention.kernels.hopper import chunks, consume, load, rows, schedule, transpose
 from flashloom.attention.reads import Sizes
 from flashloom.attention.reference import attention_reference
@@ -97,6 +100,7 @@ BYTES = [
     Case([30, 40, 1], [30, 130, 77], H(8, 4, 80), E4M3, page_size=4, variant=causal, scales="head"),
     Case([90], [90], G, E4M3, kind="ragged", variant=holes, partial=True),
     Case([60] * 2, [300, 129], G, E4M3, page_size=16, variant=causal, by_request=True),
+    Case([200], [500], H(8, 4, 80), E4M3, page_size=4, variant=causal),  # a consumer has no rows of the last tile
 ]
 
 
@@ -108,6 +112,58 @@ def test_against_reference(case):
 @pytest.mark.parametrize("case", BYTES, ids=str)
 def test_bytes_against_reference(case):
     check(case, "cpu", "hopper")
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Keys are cut wherever two programs can share them."""
+    monkeypatch.setattr(hopper_executor.sizes_of, "LEAST", 1)
+    monkeypatch.setattr(hopper_executor, "MERGE", 8.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_split_keys_against_reference(seed, split):
+    check(drawn(seed, 700), "cpu", "hopper")
+
+
+@pytest.mark.parametrize("window", [None, 100, 300])
+def test_ranges_are_joined(window, split):
+    """Keys are cut, updates change how, and the counters of ranges are zero again; of windows, few tiles are left."""
+    heads, generator = H(4, 2, 128), torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(n, h, 128, dtype=BF16, generator=generator) for n, h in ((90, 4), (1400, 2), (1400, 2)))
+    variant = fl.causal if window is None else fl.causal & fl.sliding_window(window)
+    attn = fl.Attention(heads, variant=variant, dtype=BF16, device="cpu")
+    pieces = []
+    with dispatch.only("hopper"):
+        plan = attn.plan(fl.Batch([60], kv=fl.RaggedKV([1400])), reserve=fl.Reserve(requests=3, tokens=90))
+    for q_lens, kv_lens in ([[60], [1400]], [[20, 5, 64], [700, 0, 600]], [[3], [100]], [[9], [1000]]):
+        batch = fl.Batch(q_lens, kv=fl.RaggedKV(kv_lens))
+        plan.update(batch)
+        tokens = sum(q_lens)
+        out = torch.full((tokens, 4, 128), float("nan"), dtype=BF16)
+        plan.run(q[:tokens], (k[: sum(kv_lens)], v[: sum(kv_lens)]), out=out)
+        want, _ = attention_reference(q[:tokens], k, v, batch, variant)
+        assert float((out.double() - want).norm() / want.norm()) < 8e-3
+        views = plan._executor._buffers.views
+        assert not views["arrivals"].any()
+        items = views["items"].view(-1, 16)
+        pieces.append(int(items[items[:, 0] >= 0][:, 10].max()))
+    assert pieces[0] > 1
+    assert pieces[2] == 1
+
+
+def test_batch_invariant_plans_cut_nothing(split):
+    """A request's bits are the same whatever else is in the batch."""
+    q, k, v = (torch.randn(n, h, 128, dtype=BF16) for n, h in ((90, 4), (1400, 2), (1400, 2)))
+    attn = fl.Attention(H(4, 2, 128), variant=fl.causal, dtype=BF16, device="cpu", batch_invariant=True)
+    outs = []
+    for q_lens, kv_lens in ([[60], [900]], [[60, 30], [900, 500]]):
+        with dispatch.only("hopper"):
+            plan = attn.plan(fl.Batch(q_lens, kv=fl.RaggedKV(kv_lens)))
+        outs.append(plan.run(q[: sum(q_lens)], (k[: sum(kv_lens)], v[: sum(kv_lens)]))[:60])
+        items = plan._executor._buffers.views["items"].view(-1, 16)
+        assert (items[items[:, 0] >= 0][:, 10] == 1).all()
+    assert torch.equal(*outs)
 
 
 def test_a_plan_says_that_weights_are_rounded():
@@ -219,6 +275,23 @@ def test_a_consumer_without_rows_that_keeps_its_turns(monkeypatch):
 
 def test_a_consumer_that_keeps_its_turn(monkeypatch):
     assert "deadlock" in broken(monkeypatch, {"leave": lambda *_: None})
+
+
+def test_a_range_in_the_place_of_another(monkeypatch, split):
+    real = consume.joined
+    monkeypatch.setattr(consume, "joined", lambda *a: real(*a[:6], a[6] * 0, *a[7:]))
+    assert broken(monkeypatch, {}, q_lens=[5, 5])
+
+
+def test_ranges_that_overlap(monkeypatch, split):
+    real = schedule.own_range
+
+    def longer(item, splits, split, begin, end, *rest):
+        splits, low, high = real(item, splits, split, begin, end, *rest)
+        return splits, low, gl.minimum(high + 1, end)
+
+    monkeypatch.setattr(schedule, "own_range", longer)
+    assert broken(monkeypatch, {}, q_lens=[5, 5])
 
 
 def test_a_stage_that_is_released_before_it_was_read(monkeypatch):

@@ -40,6 +40,7 @@ class Kernel:
     mean_q_len: int = 1024
     out: torch.dtype | None = None
     stack: int = 0  # bytes that may be kept there: numbers of the whole kernel, read again once per tile
+    cut: bool = False  # joins ranges of keys
     masked: int = 0  # how often a loop that asks the mask may read or write there, for each of its key tiles
 
     def __str__(self) -> str:
@@ -86,6 +87,11 @@ KERNELS = [
     ),
     Kernel("8 bits, causal", H(32, 8, 128), fl.causal, E4M3, stack=48),  # 32 with Triton 3.6, 48 with 3.7
     Kernel("8 bits, narrow, pages of 16", H(8, 8, 64), fl.full, E4M3, page_size=16, stack=64),
+    Kernel("split keys", H(32, 8, 128), fl.causal, cut=True),
+    Kernel("split keys, pages of 16", H(32, 8, 128), fl.causal, page_size=16, mean_q_len=64, cut=True),
+    Kernel("split keys, pages of 1", H(32, 8, 128), fl.causal, page_size=1, mean_q_len=64, stack=40, cut=True),
+    Kernel("split keys, wide", H(8, 8, 256), fl.causal, stack=40 + NEWER * 56, cut=True),
+    Kernel("split keys, 8 bits", H(32, 8, 128), fl.causal, E4M3, stack=96, cut=True),
 ]
 
 
@@ -150,7 +156,7 @@ def test_binary(kernel, tmp_path):
     spec = AttentionSpec(heads, program, kernel.dtype, kernel.dtype)
     assert asked.unsuitable(spec) is None
     chosen = asked.choose(spec, kernel.mean_q_len, kernel.page_size)
-    form = replace(asked.usual(spec, chosen, kernel.page_size), out_dtype=kernel.out or spec.out_dtype)
+    form = replace(asked.usual(spec, chosen, kernel.page_size, kernel.cut), out_dtype=kernel.out or spec.out_dtype)
     byte = kernel.dtype == E4M3
     stages, metadata = asked.attend_kernel(spec, form, chosen, kernel.page_size, Target("sm90")).compile()
     by_rows = chosen.box == 1  # four warps of their own for that

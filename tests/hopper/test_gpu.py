@@ -1,7 +1,10 @@
 """The Hopper backend on a GPU against the definition, and what a plan promises. `make test-gpu`."""
 
+import random
+
 import pytest
 import torch
+from tests.hopper.drawn import drawn
 from tests.hopper.strided import check_views
 from tests.triton.cases import (
     BF16,
@@ -160,6 +163,65 @@ def test_update_and_replay():
         want, _ = attention_reference(q[:tokens], cache[0], cache[1], now, fl.causal)
         assert _error(out[:tokens], want) < 5e-3
         assert out[tokens:].isnan().all()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_keys_against_reference(seed):
+    check(drawn(seed, 20000), "cuda", "hopper")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_split_keys_in_a_graph(seed):
+    """A captured run follows updates with which the cut changes; out and lse, twice."""
+    rng, page, requests, tokens = random.Random(seed), (1, 16)[seed], 3, 120
+    variant, longest = (fl.causal, fl.causal & fl.sliding_window(3000))[seed], 30000
+    pages = requests * -(-longest // page)
+    k, v = torch.randn(2, pages, page, 8, 128, device="cuda", dtype=BF16)
+    q = torch.randn(tokens, 32, 128, device="cuda", dtype=BF16)
+    out, lse = torch.empty_like(q), torch.empty(tokens, 32, device="cuda")
+    table = torch.randperm(pages).int().view(requests, -1)
+
+    def batch():
+        q_lens = [rng.randint(1, 40) for _ in range(requests)]
+        kv_lens = [int(200 * 150 ** rng.random()) for _ in range(requests)]
+        return fl.Batch(q_lens, kv=fl.PageTable.from_block_table(table, kv_lens, page_size=page))
+
+    first = fl.Batch([40], kv=fl.PageTable.from_block_table(table[:1], [longest], page_size=page))
+    attn = fl.Attention(G, variant=variant, dtype=BF16, device="cuda")
+    plan = attn.plan(first, reserve=fl.Reserve(requests=requests, tokens=tokens, pages=pages))
+    assert plan.executor == "hopper"
+    assert "long keys split" in plan.explain()
+    plan.run(q, (k, v), out=out, lse=lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan.run(q, (k, v), out=out, lse=lse)
+    for now in (first, *(batch() for _ in range(5))):
+        plan.update(now)
+        results = []
+        for _ in range(2):
+            out.fill_(float("nan"))
+            graph.replay()
+            results.append((out[: now.tokens].clone(), lse[: now.tokens].clone()))
+        want, want_lse = attention_reference(q[: now.tokens], k, v, now, variant)
+        for got, got_lse in results:
+            assert _error(got, want) < 8e-3
+            assert float((got_lse.double() - want_lse).abs().max()) < 1e-4
+        assert torch.equal(results[0][0], results[1][0])
+        assert not plan._executor._buffers.views["arrivals"].any()
+
+
+def test_batch_invariant_rows_do_not_depend_on_the_batch():
+    """Also where the batch's other requests would have changed the kernel."""
+    k, v = torch.randn(2, 60000, 8, 128, device="cuda", dtype=BF16)
+    q = torch.randn(2500, 32, 128, device="cuda", dtype=BF16)
+    attn = fl.Attention(G, variant=fl.causal, dtype=BF16, device="cuda", batch_invariant=True)
+    outs = []
+    for others in ([], [(1, 5000)] * 3, [(2000, 30000)]):
+        q_lens, kv_lens = [100, *(n for n, _ in others)], [20000, *(n for _, n in others)]
+        plan = attn.plan(fl.Batch(q_lens, kv=fl.RaggedKV(kv_lens)))
+        outs.append(plan.run(q[: sum(q_lens)], (k[: sum(kv_lens)], v[: sum(kv_lens)]))[:100])
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
 
 
 def test_dispatch_says_why():

@@ -1,23 +1,25 @@
 """The Hopper backend: prefill, append and mixed batches by a persistent Gluon kernel.
 
-Batches are planned on the device by the Triton backend's planner, without splitting keys; `run` is one launch. Tensors
-that tensor maps cannot describe (rows that are not multiples of 16 bytes, expanded or empty ones) and keys with a scale
-per page go to the Triton kernels."""
+Batches are planned on the device by the Triton backend's planner, which also splits keys where tiles of queries are
+few; `run` is one launch. Tensors that tensor maps cannot describe (rows that are not multiples of 16 bytes, expanded or
+empty ones) and keys with a scale per page go to the Triton kernels."""
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flashloom.attention.batch import Batch, Reserve
 from flashloom.attention.executor import AttentionSpec, CannotBuild
-from flashloom.attention.kernels.hopper import asked, config
+from flashloom.attention.kernels.hopper import asked
+from flashloom.attention.kernels.hopper import config as sizes_of
 from flashloom.attention.kernels.hopper.asked import Form
 from flashloom.attention.rows import steps
-from flashloom.attention.triton_buffers import PLAN_BLOCK, Buffers, Sizes, Staging
+from flashloom.attention.triton_buffers import Buffers, Sizes, Staging
 from flashloom.attention.triton_executor import TritonExecutor
 from flashloom.kernel import cuda, launch
 from flashloom.kernel.triton import TritonKernel
@@ -30,8 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HopperExecutor"]
 
-FEW_ROWS = 64  # packed query rows of the mean request, up to which the Triton kernels, which split keys, are the better
-FEW_TILES, LONG = 40, 1024  # with fewer tiles than this, keys of so many tokens are worth splitting
+SMALL_ROWS = 16  # packed query rows of the mean request that the Triton kernels' smallest tile holds
+FEW_ROWS = 32  # of heads that share keys but no tile, up to which those kernels, which share them, are faster
+MERGE = 2.0  # time of a key tile over that of joining one range's result
 UNSPLIT = 1 << 30  # the planner's way to say that keys are not split
 
 _log = logging.getLogger("flashloom")
@@ -54,12 +57,10 @@ class HopperExecutor(TritonExecutor):
         """Why another backend should take this batch, or None."""
         if isinstance(batch.kv, PageTable) and not asked.suits(spec, batch.page_size):
             return f"8-bit keys on pages of {batch.page_size} tokens are copied one by one"
-        if _mean(batch) * spec.heads.group <= FEW_ROWS:
+        if spec.batch_invariant:
+            return "batch-invariant results come from one kernel, whatever else is in the batch"
+        if _few(spec, _mean(batch)):
             return f"queries are few ({_mean(batch)} tokens per request on average)"
-        tokens = batch.max_q_len * batch.requests if batch.tokens is None else batch.tokens
-        tiles = -(-tokens * spec.heads.q_heads // (2 * config.ROWS))
-        if tiles < FEW_TILES and not (batch.host and int(batch.kv_lens.max()) < LONG):
-            return f"{tiles} tiles of queries leave most of the GPU idle unless long keys are split"
         return None
 
     # --- planning ---
@@ -76,10 +77,11 @@ class HopperExecutor(TritonExecutor):
         self.target = Target("sm90")
         self._config = self.config = self.tuned(batch) or asked.choose(spec, _mean(batch), self._page)
         self._programs = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._fixed, self._merge_ratio = UNSPLIT, 1.0
         self._groups = heads.q_heads // self._config.pack
+        self._cut = self._cuts(batch)
+        self._fixed, self._least, self._merge_ratio = (0 if self._cut else UNSPLIT), sizes_of.LEAST, MERGE
         self._hopper: dict[Form, gluon.MapLaunch] = {}
-        self._usual = asked.usual(spec, self._config, self._page)
+        self._usual = asked.usual(spec, self._config, self._page, self._cut)
         self._maps = {}  # of queries, results, keys and values, by whether the latter lie in chunks
         for chunked in {False, self._usual.chunked}:
             first, *between, last = asked.boxes(spec, self._config, chunked)
@@ -96,7 +98,7 @@ class HopperExecutor(TritonExecutor):
     def _build(self) -> None:
         form = self._usual
         with ThreadPoolExecutor(2) as pool:
-            kernel = asked.plan_kernel(self.spec, self._config, self._paged, self.target)
+            kernel = asked.plan_kernel(self.spec, self._config, self._paged, self.target, self._cut)
             planner = pool.submit(launch.launcher, kernel, self.device)
             self._hopper[form] = self._attend(form)
             self._planner = planner.result()
@@ -118,26 +120,34 @@ class HopperExecutor(TritonExecutor):
         cls, spec: AttentionSpec, target: Target, max_q_len: int, mean_q_len: int, page_size: int
     ) -> list[TritonKernel]:
         """What such plans need on a target; see `dispatch.kernels`."""
-        few = mean_q_len * spec.heads.group <= FEW_ROWS
-        if target.name != "sm90" or asked.unsuitable(spec) or few:
+        if target.name != "sm90" or asked.unsuitable(spec) or not asked.suits(spec, page_size):
             return []
-        if not asked.suits(spec, page_size):
+        if spec.batch_invariant or _few(spec, mean_q_len):
             return []
-        chosen = asked.choose(spec, mean_q_len, page_size)
-        return [
-            asked.plan_kernel(spec, chosen, page_size > 0, target),
-            asked.attend_kernel(spec, asked.usual(spec, chosen, page_size), chosen, page_size, target),
-        ]
+        return cls.kernels_of(spec, target, asked.choose(spec, mean_q_len, page_size), page_size)
 
     @classmethod
     def kernels_of(
         cls, spec: AttentionSpec, target: Target, config: Any, page_size: int, trial: bool = False
     ) -> list[TritonKernel]:
-        """What plans with this config need on a target."""
-        return [
-            asked.plan_kernel(spec, config, page_size > 0, target),
-            asked.attend_kernel(spec, asked.usual(spec, config, page_size), config, page_size, target),
-        ]
+        """What plans with this config need on a target: whether keys are cut depends on more of the batch."""
+        found: list[TritonKernel] = []
+        for cut in (False,) if spec.batch_invariant else (False, True):
+            found.append(asked.plan_kernel(spec, config, page_size > 0, target, cut))
+            form = asked.usual(spec, config, page_size, cut)
+            found.append(asked.attend_kernel(spec, form, config, page_size, target))
+        return found
+
+    def _cuts(self, batch: Batch) -> bool:
+        """Whether the plan cuts keys into ranges: where few tiles, or a few long requests, would leave much of the GPU
+        idle. Of lengths on the device as few tiles as one and a half for each program are taken for few."""
+        if self.spec.batch_invariant:
+            return False
+        if batch.host:
+            q_indptr, kv_lens = batch.numbers[:2]
+            return sizes_of.cuts(q_indptr[1:] - q_indptr[:-1], kv_lens, self._config, self._groups, self._programs)
+        tokens = batch.max_q_len * batch.requests if batch.tokens is None else batch.tokens
+        return tokens * self._config.pack * self._groups < 1.5 * self._programs * self._config.block_m
 
     def _grow(self, batch: Batch) -> None:
         """Allocate buffers for the reserve, or for this batch where it leaves sizes open."""
@@ -146,20 +156,22 @@ class HopperExecutor(TritonExecutor):
             batch.tokens if batch.tokens is not None else batch.max_q_len * batch.requests
         )
         pages = (self._reserve.pages or batch.pages.numel()) if self._paged else 0
-        items = tokens * self._config.pack // self._config.block_m + min(requests, tokens)
-        stride = -(-requests // PLAN_BLOCK) * PLAN_BLOCK or PLAN_BLOCK
-        sizes = Sizes(requests, tokens, pages, items, items, 0, stride)
-        self._buffers = Buffers(sizes, 1, self._config.block_m, self.spec.heads.value_dim, self.device)
+        config, groups = self._config, self._groups
+        sizes = Sizes.of(config.pack, groups, config, self._programs, requests, tokens, pages, 0)  # type: ignore[arg-type]
+        sizes = sizes.halved() if self._cut else replace(sizes, items=sizes.blocks, slots=0)
+        value_dim = sizes_of.width(self.spec.heads.value_dim)
+        self._buffers = Buffers(sizes, groups if self._cut else 1, config.block_m, value_dim, self.device)
         self._staging.errors.append(self._buffers.error)  # type: ignore[union-attr]
         self._sizes = sizes
         self._error, self.repeat = self._buffers.error_words, None
         self._counter = torch.zeros(3, dtype=torch.int32, device=self.device)
         self.workspace_size = self._buffers.bytes
         place = {name: view.data_ptr() for name, view in self._buffers.views.items()}
-        self._run_buffers = (place["items"], place["pages"], self._counter.data_ptr())
+        parts = (place[name] for name in ("part_out", "part_lse", "arrivals"))
+        self._run_buffers = (place["items"], place["pages"], self._counter.data_ptr(), *parts)
         self._plan_buffers = (place["items"], place["pages"], place["scratch"], self._buffers.error.data_ptr())
         self._numbers = (int(self._ragged),)
-        self._grid = min(self._programs, items * self._groups)
+        self._grid = min(self._programs, sizes.items * groups)
 
     def buffers(self) -> list[torch.Tensor]:
         """Device memory of its own that its launches use."""
@@ -220,7 +232,7 @@ class HopperExecutor(TritonExecutor):
             k_strides, v_strides = (k0, k1, k2), (v0, v1, v2)
         sizes = (*k_sizes, heads.dim), (*v_sizes, heads.value_dim)
         chunked, kv_maps, steps_kv = self._maps_of(sizes, (k_strides, v_strides))
-        form = Form(out.dtype, sm_scale < 0, chunked)
+        form = Form(out.dtype, sm_scale < 0, chunked, self._cut)
         kernel = self._hopper.get(form)
         if kernel is None:
             kernel = self._hopper[form] = self._attend(form)
@@ -306,10 +318,11 @@ class HopperExecutor(TritonExecutor):
         """Which kernel and config serve this plan, and why."""
         kind = f"paged by {self._page}" if self._page else "ragged" if self._ragged else "dense"
         other = "" if self._other is None else f"; for unaligned or scaled tensors {self._other.explain()}"
+        split = "long keys split, " if self._cut else ""
         narrow = "; products of float8_e4m3fn, weights are rounded to it" if self.spec.q_dtype.itemsize == 1 else ""
         return (
-            f"gluon {self.target}: rows x keys {self._config}; {kind} KV, longest first over {self._grid} programs; "
-            f"workspace {self.workspace_size} bytes{narrow}{other}"
+            f"gluon {self.target}: rows x keys {self._config}; {kind} KV, {split}longest first over {self._grid} "
+            f"programs; workspace {self.workspace_size} bytes{narrow}{other}"
         )
 
 
@@ -333,3 +346,12 @@ def _jump(x: torch.Tensor, request: int, token: int) -> tuple[int | None, int]:
 def _mean(batch: Batch) -> int:
     """Query tokens of the mean request, or the known bound of the longest."""
     return batch.max_q_len if batch.tokens is None else -(-batch.tokens // max(batch.requests, 1))
+
+
+def _few(spec: AttentionSpec, mean: int) -> bool:
+    """Whether the mean request's rows are so few that the Triton kernels take less time: their tiles have 16 rows and
+    more, those of the Hopper kernel 64 for each consumer; and theirs hold all heads that share keys."""
+    group, pack = spec.heads.group, sizes_of.pack(spec.heads.group, mean)
+    if pack < group and mean * pack < FEW_ROWS:
+        return True
+    return mean < SMALL_ROWS and mean * group <= SMALL_ROWS

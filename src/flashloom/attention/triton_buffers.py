@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from flashloom.attention.kernels.triton.config import Config
 from flashloom.dataclass import dataclass
 from flashloom.kernel import cuda
 
-ITEM_WORDS, SCRATCH_ROWS, PLAN_BLOCK = 16, 6, 128
+ITEM_WORDS, SCRATCH_ROWS, PLAN_BLOCK = 16, 8, 128
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Sizes:
         slots = items if tiles else min(items, 2 * extra + 1)
         return cls(requests, tokens, pages, blocks, items, slots, -(-requests // PLAN_BLOCK) * PLAN_BLOCK or PLAN_BLOCK)
 
+    def halved(self) -> Sizes:
+        """For a planner that may cut at half the mean length per program, where no walk is longer than that mean: each
+        then has two ranges at most, and fewer than two per program are cut at all."""
+        cut = min(self.blocks, 2 * (self.items - self.blocks))
+        return replace(self, items=max(self.items, self.blocks + cut), slots=max(self.slots, 2 * cut))
+
 
 class Buffers:
     """The device memory of a plan, one allocation; views are int32 or float32."""
@@ -69,7 +76,7 @@ class Buffers:
             "items": sizes.items * ITEM_WORDS,
             "pages": sizes.pages + 1,  # one more, which a read ahead may touch
             "scratch": SCRATCH_ROWS * sizes.stride,
-            "arrivals": sizes.blocks * kv_heads * max(block_m // 32, 1),
+            "arrivals": max(sizes.blocks, sizes.slots) * kv_heads * max(block_m // 32, 1),
             "part_lse": sizes.slots * kv_heads * block_m,
             "part_out": sizes.slots * kv_heads * block_m * value_dim,
         }

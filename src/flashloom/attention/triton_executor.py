@@ -43,6 +43,7 @@ class TritonExecutor:
     name = "triton"
     tuned: Tuned = staticmethod(untuned)
     captured = False
+    _least = 1  # tiles of a range of keys
 
     def __init__(self, spec: AttentionSpec, device: torch.device):
         self.spec, self.device = spec, device
@@ -258,7 +259,8 @@ class TritonExecutor:
             item_programs + (sizes.requests if self._paged else 0),
             (
                 *tensors, *self._plan_buffers, batch.requests, sizes.stride, sizes.items, sizes.tokens, sizes.pages,
-                batch.page_size, entries, room, self._programs, 1, self._fixed, self._merge_ratio, item_programs,
+                batch.page_size, entries, room, self._programs, self._least, self._fixed, self._merge_ratio,
+                item_programs,
             ),
         )  # fmt: skip
 

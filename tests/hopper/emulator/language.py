@@ -153,7 +153,7 @@ def _reach(pointer: Pointer, mask: Any, x: torch.Tensor, what: str) -> tuple[tor
     return memory, torch.where(keep, (address - low) // kind.itemsize, 0), keep, x
 
 
-def load(pointer: Pointer, mask: Any = None, other: Any = None) -> Block:
+def load(pointer: Pointer, mask: Any = None, other: Any = None, cache_modifier: str = "") -> Block:
     rest = torch.zeros((), dtype=pointer.dtype.torch) if other is None else tensor(other).to(pointer.dtype.torch)
     memory, index, keep, rest = _reach(pointer, mask, rest, "a load")
     return Block(torch.where(keep, memory[index], rest))

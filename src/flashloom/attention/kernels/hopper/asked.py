@@ -30,12 +30,13 @@ SPECIAL = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "er
 
 @dataclass(frozen=True)
 class Form:
-    """Of one kernel of a plan: dtype of out, whether sm_scale is negative, and whether keys and values lie in chunks
-    (`chunks.py`)."""
+    """Of one kernel of a plan: dtype of out, whether sm_scale is negative, whether keys and values lie in chunks
+    (`chunks.py`), and whether the plan may cut a tile's keys into ranges (`split.py`)."""
 
     out_dtype: torch.dtype
     negative: bool = False
     chunked: bool = False
+    cut: bool = False
 
 
 def unsuitable(spec: AttentionSpec) -> str | None:
@@ -102,10 +103,10 @@ def choose(spec: AttentionSpec, mean_q_len: int, page_size: int) -> Config:
     )  # fmt: skip
 
 
-def usual(spec: AttentionSpec, config: Config, page_size: int) -> Form:
+def usual(spec: AttentionSpec, config: Config, page_size: int, cut: bool = False) -> Form:
     """The form for a positive scale, and for keys and values whose heads or pages lie side by side."""
     wide = max(chunks(spec.heads.dim), chunks(spec.heads.value_dim)) > 1
-    return Form(spec.out_dtype, False, wide and page_size > 0 and config.box > 1 and spec.q_dtype.itemsize > 1)
+    return Form(spec.out_dtype, False, wide and page_size > 0 and config.box > 1 and spec.q_dtype.itemsize > 1, cut)
 
 
 def chunks(dim: int) -> int:
@@ -162,6 +163,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     signature |= {"out": pointer(form.out_dtype), "lse": "*fp32"}
     signature |= {n: pointer(dtype) for n in ("k_rows", "v_rows") if by_rows}
     signature |= {"items": "*i32", "pages": "*i32", "counter": "*i32"}
+    signature |= {"part_out": "*fp32", "part_lse": "*fp32", "arrivals": "*i32"}
     signature |= dict.fromkeys(("q_jump", "out_jump"), "i32")
     signature |= dict.fromkeys(("out_token", "out_head", "lse_token", "lse_head"), "i64")
     signature |= {"ragged": "i32", "sm_scale": "fp32", "flags": "i32"}
@@ -183,16 +185,16 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
         "CONSUMER_REGISTERS": config.registers, "OTHER_REGISTERS": config.other_registers,
         "TRANSPOSER_REGISTERS": sizes.transposer_registers(config), "ROW_WARPS": row_warps,
         "SCHEDULER_REGISTERS": sizes.scheduler_registers(config, row_warps),
-        "K_CHUNKS": k_chunks, "V_CHUNKS": v_chunks,
+        "K_CHUNKS": k_chunks, "V_CHUNKS": v_chunks, "CUT": form.cut,
     }  # fmt: skip
     constants |= dict.fromkeys(("k", "v") if by_rows else ("k_rows", "v_rows"))
-    aligned = ("out", "items", "pages", *(n for n in ("k_rows", "v_rows") if by_rows))
+    aligned = ("out", "items", "pages", "part_out", *(n for n in ("k_rows", "v_rows") if by_rows))
     source = Source("flashloom.attention.kernels.hopper.attend", "attend")
     return GluonKernel(source, signature, constants, aligned, target, 4, 1, about(spec, PREFILL, form="Hopper"))
 
 
-def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target) -> TritonKernel:
+def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target, cut: bool = False) -> TritonKernel:
     """The planner kernel: that of the Triton backend, for tiles of this shape."""
     heads = spec.heads
     packed = HeadShape(heads.q_heads, heads.q_heads // config.pack, heads.dim, heads.value_dim)
-    return asked.plan_kernel(replace(spec, heads=packed), config, paged, target, sizes.ROWS)  # type: ignore[arg-type]
+    return asked.plan_kernel(replace(spec, heads=packed), config, paged, target, sizes.ROWS, cut)  # type: ignore[arg-type]

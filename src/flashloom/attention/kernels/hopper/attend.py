@@ -10,14 +10,14 @@ from flashloom.attention.kernels.hopper.consume import consumer
 from flashloom.attention.kernels.hopper.gluon import fence_async_shared, gl, jit, mbarrier
 from flashloom.attention.kernels.hopper.load import producer
 from flashloom.attention.kernels.hopper.rows import row_producer
-from flashloom.attention.kernels.hopper.schedule import scheduler
+from flashloom.attention.kernels.hopper.schedule import RING_WORDS, scheduler
 from flashloom.attention.kernels.hopper.transpose import transposer
 
 
 @jit
 def attend(
-    q, k, v, out_map, out, lse, k_rows, v_rows, items, pages, counter, q_jump, out_jump, out_token, out_head, lse_token,
-    lse_head, ragged, sm_scale, flags, k_strides, v_strides, scales, values,
+    q, k, v, out_map, out, lse, k_rows, v_rows, items, pages, counter, part_out, part_lse, arrivals, q_jump, out_jump,
+    out_token, out_head, lse_token, lse_head, ragged, sm_scale, flags, k_strides, v_strides, scales, values,
     QUERY: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, WHOLE: gl.constexpr, LOGITS: gl.constexpr,
     MASK: gl.constexpr, BOUNDS: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, SCAN: gl.constexpr,
     HEADS: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, KEY_DIM: gl.constexpr,
@@ -25,7 +25,7 @@ def attend(
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OUT_MAP: gl.constexpr, REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr,
     RING: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     TRANSPOSER_REGISTERS: gl.constexpr, SCHEDULER_REGISTERS: gl.constexpr, ROW_WARPS: gl.constexpr,
-    K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr,
+    K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, best the number of multiprocessors; each takes tiles until none is left.
 
@@ -35,9 +35,10 @@ def attend(
     k_strides and v_strides are the steps from head to head, in groups of tokens and in chunks. lse float32 [tokens,
     heads]. A request's rows begin q_jump tokens (in out and lse out_jump) further than where those of the request
     before it end, 0 where tokens follow each other through the batch. items int32 [*, 16], pages int32, counter int32
-    [3]: see `schedule`. scales, of 8-bit elements: those of keys and of values, float32, and the steps between two
-    heads. HEADS groups of PACK query heads; DIM, WIDTH: widths of keys and values in shared memory, KEY_DIM and
-    VALUE_DIM in memory.
+    [3]: see `schedule`. CUT: a tile's keys may be cut into ranges (`split`), with part_out float32 [slots, HEADS,
+    CONSUMERS, 64 * WIDTH], part_lse [.., 64] and arrivals int32 [slots, HEADS, CONSUMERS], zero before and after.
+    scales, of 8-bit elements: those of keys and of values, float32, and the steps between two heads. HEADS groups of
+    PACK query heads; DIM, WIDTH: widths of keys and values in shared memory, KEY_DIM and VALUE_DIM in memory.
     """
     dtype: gl.constexpr = q.dtype
     BITS: gl.constexpr = dtype.primitive_bitwidth
@@ -54,7 +55,7 @@ def attend(
             gl.bfloat16 if FP8 else dtype, [CONSUMERS, 64, WIDTH], gl.NVMMASharedLayout(128, 16, rank=2)
         )
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    ring = gl.allocate_shared_memory(gl.int32, [RING * 16, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring = gl.allocate_shared_memory(gl.int32, [RING * RING_WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     ring_full = gl.allocate_shared_memory(gl.int64, [RING, 1], bars)
     ring_empty = gl.allocate_shared_memory(gl.int64, [RING, 1], bars)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES * CONSUMERS, 1], bars)
@@ -86,23 +87,26 @@ def attend(
         t_smem, t_full, t_empty = v_smem, v_full, v_empty
     fence_async_shared()
     what = (
-        out_map, out, lse, q_smem, k_smem, t_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
-        k_empty, t_full, t_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale, flags, scales, values,
+        out_map, out, lse, part_out, part_lse, arrivals, q_smem, k_smem, t_smem, o_smem, ring, ring_full, ring_empty,
+        q_full, q_empty, k_full, k_empty, t_full, t_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale,
+        flags, scales, values,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (producer, (
                 q, q_jump, k, k_strides, pages, q_smem, k_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
                 k_empty, True, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES, K_CHUNKS,
+                CUT,
             )) if part == "keys"
             else (producer, (
                 q, q_jump, v, v_strides, pages, q_smem, v_smem, ring, ring_full, ring_empty, q_full, q_empty, v_full,
                 v_empty, False, BLOCK_N, BOX, STAGES, PACK, GROUP, PAGE_SIZE, RING, CONSUMERS, Q_STAGES, V_CHUNKS,
+                CUT,
             )) if part == "values"
             else (row_producer, (
                 q, q_jump, k_rows, v_rows, k_strides, v_strides, pages, q_smem, k_smem, v_smem, ring, ring_full,
                 ring_empty, q_full, q_empty, k_full, k_empty, v_full, v_empty, BLOCK_N, STAGES, PACK, GROUP, PAGE_SIZE,
-                RING, CONSUMERS, Q_STAGES, KEY_DIM, VALUE_DIM,
+                RING, CONSUMERS, Q_STAGES, KEY_DIM, VALUE_DIM, CUT,
             )) if part == "rows"
             else (transposer, (
                 v_smem, t_smem, ring, ring_full, ring_empty, v_full, v_empty, t_full, t_empty, BLOCK_N, STAGES, WIDTH,
@@ -110,11 +114,11 @@ def attend(
             )) if part == "transposed"
             else (scheduler, (
                 items, counter, ring, ring_full, ring_empty, ragged, values, BOUNDS, WHOLE, SCAN, HEADS, PACK, GROUP,
-                64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING, (DIM + WIDTH) * BITS // 8,
+                64 * CONSUMERS, BLOCK_N, PAGE_SIZE > 0, RING, (DIM + WIDTH) * BITS // 8, CUT,
             )) if part == "tiles"
             else (consumer, (
                 what, part, QUERY, LOGITS, CAP, SLOPE, MASK, OUTPUT, RAW, CONSUMERS, BLOCK_N, STAGES, PACK, GROUP,
-                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, K_CHUNKS, V_CHUNKS,
+                VALUE_DIM, OUT_MAP, REUSE_Q, Q_STAGES, RING, K_CHUNKS, V_CHUNKS, HEADS, CUT,
             ))
             for part in (
                 (0, 1, "transposed", "rows", "tiles") if FP8 and BOX == 1

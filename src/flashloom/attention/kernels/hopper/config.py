@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flashloom.dataclass import dataclass
 
-__all__ = ["ROWS", "Config", "box_rows", "choose", "pack", "width"]
+__all__ = ["ROWS", "Config", "box_rows", "choose", "cuts", "pack", "width"]
 
 ROWS = 64  # packed query rows of a consumer
 SHARED = 225 << 10  # bytes of shared memory for tiles
 RING = 1  # tiles the scheduler prepares ahead
+LEAST = 4  # key tiles of a range, where a tile's keys are cut
 LEAST_BOX = 8  # rows of a copy by a tensor map: the swizzle repeats after so many
 
 
@@ -54,6 +57,18 @@ def pack(group: int, mean_q_len: int) -> int:
     if mean_q_len >= 256:
         return 1
     return min(group & -group, 64)
+
+
+def cuts(q_lens: Any, kv_lens: Any, config: Config, groups: int, programs: int) -> bool:
+    """Whether some request's keys are worth cutting into ranges, for a batch of these lengths (arrays of numpy) and
+    `groups` of heads: the planner's rule (`kernels/triton/plan.py`)."""
+    blocks = -(-q_lens * config.pack // config.block_m)
+    tiles = -(-kv_lens // config.block_n)
+    longest = int(tiles.max(initial=1, where=blocks > 0))
+    limit = -(-int(blocks.astype("int64") @ tiles) * groups // programs)
+    if longest < limit < 1.6 * longest:
+        limit = -(-limit // 2)
+    return longest >= 1.3 * max(limit, LEAST)
 
 
 def tile_bytes(config: Config, dim: int, value_dim: int, q_tiles: int, itemsize: int = 2) -> int:

@@ -34,10 +34,13 @@ from flashloom.attention.kernels.hopper.schedule import (
     Q_LEN,
     Q_START,
     ROW,
+    SLOT,
+    SPLITS,
     TILES,
     key_tile,
     word,
 )
+from flashloom.attention.kernels.hopper.split import joined
 from flashloom.attention.kernels.hopper.step import (
     LN2,
     await_copy,
@@ -151,11 +154,13 @@ def consumer(
     MASK: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, VALUE_DIM: gl.constexpr, OUT_MAP: gl.constexpr,
     REUSE_Q: gl.constexpr, Q_STAGES: gl.constexpr, RING: gl.constexpr, K_CHUNKS: gl.constexpr, V_CHUNKS: gl.constexpr,
+    HEADS: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Rows NUMBER * 64 and on of every tile in the ring. flags: bit 0 store lse, bit 1 partial."""
     (
-        out_map, out, lse, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty, q_full, q_empty, k_full,
-        k_empty, v_full, v_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale, flags, scales, values,
+        out_map, out, lse, part_out, part_lse, arrivals, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty,
+        q_full, q_empty, k_full, k_empty, v_full, v_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale,
+        flags, scales, values,
     ) = what  # fmt: skip
     VEC: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     FP8: gl.constexpr = k_smem.dtype.primitive_bitwidth == 8
@@ -192,6 +197,9 @@ def consumer(
         end = word(ring, turn, END, RING)
         full_begin = word(ring, turn, FULL_BEGIN, RING)
         full_end = word(ring, turn, FULL_END, RING)
+        if CUT:
+            splits = word(ring, turn, SPLITS, RING)
+            slot = word(ring, turn, SLOT, RING)
         mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         last = q_len * PACK
         out_start = q_start + batch * out_jump
@@ -280,69 +288,62 @@ def consumer(
             total = gl.convert_layout(gl.sum(total, 1), row_layout, assert_trivial=True)
             empty = total == 0.0
             whole = gl.where(empty, 1.0, total)
-            level = gl.where(empty, float("-inf"), (top + (gl.log2(whole) - RAISED)) * LN2)
+            state = gl.where(empty, float("-inf"), top + (gl.log2(whole) - RAISED))
             factor = gl.convert_layout(value_scale / whole, gl.SliceLayout(1, o_layout), assert_trivial=True)
             result = acc * factor[:, None]
-            if OUTPUT is not None:
-                if flags & 2 == 0:
-                    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
-                    o_level = gl.convert_layout(level, o_row, assert_trivial=True)[:, None]
-                    o_inner = gl.minimum(first + gl.arange(0, 64, o_row), last - 1)
-                    if PACK == 1:
-                        o_head = head
-                    else:
-                        o_head = (head * PACK + o_inner % PACK)[:, None]
-                    o_dim = gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout))[None, :]
+            whole_rows = 1
+            if CUT:  # conversions: of layouts, Triton takes lists and tuples of the same numbers for different ones
+                result = gl.convert_layout(result, o_layout, assert_trivial=True)
+                state = gl.convert_layout(state, row_layout, assert_trivial=True)
+                whole_rows = splits * 0 + 1
+                if splits > 1:
+                    at_slot = slot.to(gl.int64) * HEADS + head
+                    whole_rows, result, state = joined(
+                        result, state, part_out, part_lse, arrivals, at_slot, splits >> 16, splits & 0xFFFF, HEADS,
+                        CONSUMERS, NUMBER, row_layout, o_layout,
+                    )  # fmt: skip
+                    result = gl.convert_layout(result, o_layout, assert_trivial=True)
+                    state = gl.convert_layout(state, row_layout, assert_trivial=True)
+            if whole_rows > 0:
+                level = state * LN2
+                final = result
+                if OUTPUT is not None:
+                    if flags & 2 == 0:
+                        o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+                        o_level = gl.convert_layout(level, o_row, assert_trivial=True)[:, None]
+                        o_inner = gl.minimum(first + gl.arange(0, 64, o_row), last - 1)
+                        if PACK == 1:
+                            o_head = head
+                        else:
+                            o_head = (head * PACK + o_inner % PACK)[:, None]
+                        o_dim = gl.arange(0, WIDTH, gl.SliceLayout(0, o_layout))[None, :]
+                        if FP8:
+                            o_dim = column_of(o_dim)
+                        final = OUTPUT(
+                            final, o_level, batch, o_head, kv_head, (kv_len - q_len + o_inner // PACK)[:, None], q_len,
+                            kv_len, q_start, kv_start, o_dim, values,
+                        ) + gl.zeros([64, WIDTH], gl.float32, o_layout)  # fmt: skip
+                        final = gl.where(o_level == float("-inf"), 0.0, final)
+                if flags & 1:
+                    store_lse(level, lse, row, last, out_start, head, lse_token, lse_head, PACK)
+                if OUT_MAP:
                     if FP8:
-                        o_dim = column_of(o_dim)
-                    result = OUTPUT(
-                        result, o_level, batch, o_head, kv_head, (kv_len - q_len + o_inner // PACK)[:, None], q_len,
-                        kv_len, q_start, kv_start, o_dim, values,
-                    ) + gl.zeros([64, WIDTH], gl.float32, o_layout)  # fmt: skip
-                    result = gl.where(o_level == float("-inf"), 0.0, result)
-            if flags & 1:
-                store_lse(level, lse, row, last, out_start, head, lse_token, lse_head, PACK)
-            if OUT_MAP:
-                if FP8:
-                    result = in_order(result)
-                o.store(result.to(o.dtype))
-                fence_async_shared()
-                barrier()
-                if first + 64 <= last:
-                    tma_store(out_map, [out_start + first // PACK, head * PACK, 0], o)
+                        final = in_order(final)
+                    o.store(final.to(o.dtype))
+                    fence_async_shared()
+                    barrier()
+                    if first + 64 <= last:
+                        tma_store(out_map, [out_start + first // PACK, head * PACK, 0], o)
+                    else:
+                        store_rows(
+                            o.load(out_layout), out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM,
+                            VEC, out_layout, False,
+                        )  # fmt: skip
                 else:
-                    x = o.load(out_layout)
                     store_rows(
-                        x,
-                        out,
-                        first,
-                        last,
-                        out_start,
-                        head,
-                        out_token,
-                        out_head,
-                        PACK,
-                        VALUE_DIM,
-                        VEC,
-                        out_layout,
-                        False,
-                    )
-            else:
-                store_rows(
-                    result,
-                    out,
-                    first,
-                    last,
-                    out_start,
-                    head,
-                    out_token,
-                    out_head,
-                    PACK,
-                    VALUE_DIM,
-                    VEC,
-                    o_layout,
-                    FP8,
-                )
+                        final, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, o_layout,
+                        FP8,
+                    )  # fmt: skip
             if REUSE_Q:
                 tma_store_wait(0)
                 mbarrier.arrive(q_empty.index(buffer), count=1)
@@ -361,20 +362,9 @@ def consumer(
                 )  # fmt: skip
             nothing = gl.zeros([64, WIDTH], gl.float32, out_layout)
             store_rows(
-                nothing,
-                out,
-                first,
-                last,
-                out_start,
-                head,
-                out_token,
-                out_head,
-                PACK,
-                VALUE_DIM,
-                VEC,
-                out_layout,
+                nothing, out, first, last, out_start, head, out_token, out_head, PACK, VALUE_DIM, VEC, out_layout,
                 False,
-            )
+            )  # fmt: skip
         turn += 1
         mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)
         live = word(ring, turn, LIVE, RING)

@@ -71,10 +71,10 @@ def producer(
     q, q_jump, kv, strides, pages, q_smem, kv_smem, ring, ring_full, ring_empty, q_full, q_empty, kv_full, kv_empty,
     QUERIES: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr,
     GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr, RING: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr,
-    CHUNKS: gl.constexpr,
+    CHUNKS: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Load what the tiles in the ring need of one tensor, as stages come free, and the queries if QUERIES. PAGE_SIZE 0:
-    a request is one run of tokens."""
+    a request is one run of tokens. CUT: the next tile is not to be taken before this one's keys are on their way."""
     turn = 0
     loaded = 0  # query tiles
     step = 0  # key tiles
@@ -94,7 +94,8 @@ def producer(
         full_end = word(ring, turn, FULL_END, RING)
         if QUERIES:
             q_start = word(ring, turn, Q_START, RING) + word(ring, turn, BATCH, RING) * q_jump
-        mbarrier.arrive(ring_empty.index(turn % RING), count=1)
+        if not (QUERIES and CUT):
+            mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         if tiles > 0:
             if QUERIES:
                 load_queries(q, q_start, row, head, loaded, q_smem, q_full, q_empty, PACK, CONSUMERS, Q_STAGES)
@@ -116,6 +117,8 @@ def producer(
                     BLOCK_N, PAGE_SIZE, CHUNKS,
                 )  # fmt: skip
                 step += 1
+        if QUERIES and CUT:
+            mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         turn += 1
         mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)
         live = word(ring, turn, LIVE, RING)

@@ -93,10 +93,10 @@ def row_producer(
     q_empty, k_full, k_empty, v_full, v_empty,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, PAGE_SIZE: gl.constexpr,
     RING: gl.constexpr, CONSUMERS: gl.constexpr, Q_STAGES: gl.constexpr, KEY_DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Load what the tiles in the ring need of queries, keys and values, as stages come free. Strides count vectors of
-    16 bytes."""
+    16 bytes. CUT: the next tile is not to be taken before this one's keys are on their way."""
     BITS: gl.constexpr = k_smem.dtype.primitive_bitwidth
     K_LAYOUT: gl.constexpr = by_rows(BLOCK_N, k_smem.shape[2], BITS, gl.num_warps())
     V_LAYOUT: gl.constexpr = by_rows(BLOCK_N, v_smem.shape[2], BITS, gl.num_warps())
@@ -118,7 +118,8 @@ def row_producer(
         full_begin = word(ring, turn, FULL_BEGIN, RING)
         full_end = word(ring, turn, FULL_END, RING)
         q_start = word(ring, turn, Q_START, RING) + word(ring, turn, BATCH, RING) * q_jump
-        mbarrier.arrive(ring_empty.index(turn % RING), count=1)
+        if not CUT:
+            mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         if tiles > 0:
             position = gl.minimum(key_tile(0, masked, high, end, full_begin, full_end) * BLOCK_N + own, last)
             page = gl.load(table + position // PAGE_SIZE)
@@ -161,6 +162,8 @@ def row_producer(
                 page = next_page
                 within = position % PAGE_SIZE
             step += tiles
+        if CUT:
+            mbarrier.arrive(ring_empty.index(turn % RING), count=1)
         turn += 1
         mbarrier.wait(ring_full.index(turn % RING), (turn // RING) & 1)
         live = word(ring, turn, LIVE, RING)

@@ -10,7 +10,8 @@ variant which key tiles matter. Its answer goes through a small ring in shared m
 
 from flashloom.attention.kernels.hopper.gluon import gl, jit, mbarrier
 
-WORDS = gl.constexpr(16)  # of a tile in the ring, and of an item
+WORDS = gl.constexpr(16)  # of an item
+RING_WORDS = gl.constexpr(18)  # of a tile in the ring
 LIVE = gl.constexpr(0)  # 1, or 0 after the last tile
 BATCH = gl.constexpr(1)
 Q_START = gl.constexpr(2)
@@ -27,6 +28,9 @@ HIGH = gl.constexpr(12)  # so many of the masked ones lie above the others
 END = gl.constexpr(13)  # one past the last key tile
 FULL_BEGIN = gl.constexpr(14)  # the key tiles that need no mask
 FULL_END = gl.constexpr(15)
+SPLITS = gl.constexpr(16)  # ranges into which the rows' keys are cut, plus which of them this is times 2^16
+SLOT = gl.constexpr(17)  # of the first one's partial state
+LEAST = gl.constexpr(4)  # key tiles of a range, where the mask leaves few
 CACHED = gl.constexpr(16 << 20)  # bytes of keys and values that are meant to stay in the L2 cache
 
 
@@ -34,13 +38,13 @@ CACHED = gl.constexpr(16 << 20)  # bytes of keys and values that are meant to st
 def word(ring, turn, which: gl.constexpr, RING: gl.constexpr):
     """A word of the tile in a slot of the ring, a scalar."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(ring.index((turn % RING) * WORDS + which).load(one), 0)
+    return gl.max(ring.index((turn % RING) * RING_WORDS + which).load(one), 0)
 
 
 @jit
 def put(ring, turn, which: gl.constexpr, value, RING: gl.constexpr):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    ring.index((turn % RING) * WORDS + which).store(gl.full([1], value, gl.int32, one))
+    ring.index((turn % RING) * RING_WORDS + which).store(gl.full([1], value, gl.int32, one))
 
 
 @jit
@@ -96,6 +100,20 @@ def kept_range(
 
 
 @jit
+def own_range(item, splits, split, begin, end, last, BLOCK_N: gl.constexpr):
+    """Of the key tiles begin to end that the mask leaves, out of `last`: (into how many ranges they are cut, begin and
+    end of this item's). The plan, which knows no mask, cut all of them into `splits`: where the mask leaves most,
+    ranges are as long as the plan's, and those beyond the end are left out; elsewhere they are alike."""
+    low = gl.load(item + 6)
+    size = gl.where(split + 1 < splits, gl.load(item + 7) - low, low // gl.maximum(split, 1)) // BLOCK_N
+    visited = end - begin
+    if visited * 2 < last:
+        size = gl.maximum((visited + splits - 1) // splits, LEAST)
+    begin += gl.minimum(split * size, visited)
+    return gl.maximum((visited + size - 1) // size, 1), begin, gl.minimum(begin + size, end)
+
+
+@jit
 def take(counter, kind, both, programs, light, heavy, HEADS: gl.constexpr):
     """(the next tile of a kind, how many there are); the first ones went to the programs that began with it."""
     begun = gl.where(both, (programs + 1 - kind) // 2, programs)
@@ -123,17 +141,20 @@ def scheduler(
     items, counter, ring, ring_full, ring_empty, ragged, values,
     BOUNDS: gl.constexpr, WHOLE: gl.constexpr, SCAN: gl.constexpr, HEADS: gl.constexpr, PACK: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGED: gl.constexpr, RING: gl.constexpr,
-    KEY_BYTES: gl.constexpr,
+    KEY_BYTES: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Take tiles until there are none, those of many rows in the order of `place`, of few rows all groups of heads of
     an item, then the next item. counter int32 [3], zero before and after: tiles taken of many and of few rows, programs
-    done. KEY_BYTES: of a key and a value."""
+    done. KEY_BYTES: of a key and a value. CUT: items may be one of several ranges of keys."""
     light = gl.load(items + 15)
     heavy = gl.load(items + 14) - light
     LAST: gl.constexpr = 0 if BOUNDS is None else 2
     FIT: gl.constexpr = CACHED // KEY_BYTES
     longest = gl.maximum(gl.load(items + light.to(gl.int64) * WORDS + 3, mask=heavy > 0, other=0), 1)
     together = gl.minimum(gl.maximum(FIT // longest, 1) * (GROUP // PACK), HEADS)
+    if CUT:  # then all programs are at work on few walks, and the longest ranges are to begin first
+        cut = gl.load(items + light.to(gl.int64) * WORDS + 10, mask=heavy > 0, other=1) > 1
+        together = gl.where(cut, HEADS, together)
     programs = gl.num_programs(0)
     both = (light > 0) & (heavy > 0)
     few = gl.where(both, gl.program_id(0) % 2, (light > 0).to(gl.int32))  # 1: begin with items of few rows
@@ -170,25 +191,41 @@ def scheduler(
             head * PACK + PACK - 1, head * PACK // GROUP, batch, q_len, kv_len, q_start, kv_start, values, BOUNDS,
             WHOLE, BLOCK_N, SCAN,
         )  # fmt: skip
-        mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
-        put(ring, turn, LIVE, 1, RING)
-        put(ring, turn, BATCH, batch, RING)
-        put(ring, turn, Q_START, q_start, RING)
-        put(ring, turn, Q_LEN, q_len, RING)
-        put(ring, turn, KV_LEN, kv_len, RING)
-        put(ring, turn, KV_START, kv_start, RING)
-        put(ring, turn, ROW, row, RING)
-        put(ring, turn, HEAD, head, RING)
-        put(ring, turn, PAGE, page, RING)
-        put(ring, turn, TOKEN, token, RING)
-        put(ring, turn, TILES, end - begin, RING)
-        put(ring, turn, MASKED, end - begin - (full_end - full_begin), RING)
-        put(ring, turn, HIGH, end - full_end, RING)
-        put(ring, turn, END, end, RING)
-        put(ring, turn, FULL_BEGIN, full_begin, RING)
-        put(ring, turn, FULL_END, full_end, RING)
-        mbarrier.arrive(ring_full.index(turn % RING), count=1)
-        turn += 1
+        splits = 1
+        split = 0
+        if CUT:
+            splits = gl.load(item + 10)
+            split = gl.load(item + 11)
+            if splits > 1:
+                last = (kv_len + BLOCK_N - 1) // BLOCK_N
+                splits, begin, end = own_range(item, splits, split, begin, end, last, BLOCK_N)
+                full_begin = gl.minimum(gl.maximum(full_begin, begin), end)
+                full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
+        if split < splits:
+            mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
+            put(ring, turn, LIVE, 1, RING)
+            put(ring, turn, BATCH, batch, RING)
+            put(ring, turn, Q_START, q_start, RING)
+            put(ring, turn, Q_LEN, q_len, RING)
+            put(ring, turn, KV_LEN, kv_len, RING)
+            put(ring, turn, KV_START, kv_start, RING)
+            put(ring, turn, ROW, row, RING)
+            put(ring, turn, HEAD, head, RING)
+            put(ring, turn, PAGE, page, RING)
+            put(ring, turn, TOKEN, token, RING)
+            put(ring, turn, TILES, end - begin, RING)
+            put(ring, turn, MASKED, end - begin - (full_end - full_begin), RING)
+            put(ring, turn, HIGH, end - full_end, RING)
+            put(ring, turn, END, end, RING)
+            put(ring, turn, FULL_BEGIN, full_begin, RING)
+            put(ring, turn, FULL_END, full_end, RING)
+            if CUT:
+                put(ring, turn, SPLITS, splits | (split << 16), RING)
+                put(ring, turn, SLOT, gl.load(item + 12), RING)
+            mbarrier.arrive(ring_full.index(turn % RING), count=1)
+            turn += 1
+        if CUT:  # not before the producer of keys is done with this tile: another program may be done earlier
+            mbarrier.wait(ring_empty.index(turn % RING), ((turn // RING) & 1) ^ 1)
         tile, count = take(counter, kind, both, programs, light, heavy, HEADS)
         if (tile >= count) & (kind == few):
             kind = 1 - few

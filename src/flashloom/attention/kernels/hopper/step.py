@@ -50,8 +50,9 @@ def keep_turns(
             leave(NUMBER, CONSUMERS)
         else:
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        mbarrier.arrive(k_empty.index(stage), count=1)  # before values are waited for, which may come after later keys
+        if not TURNS:
             mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
-        mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(v_empty.index(stage), count=1)
 
 

@@ -197,8 +197,11 @@ def _form(form: Form) -> str:
     return ", ".join(name for name, holds in said.items() if holds)
 
 
-def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target, light: int = 0) -> TritonKernel:
-    """The planner kernel that goes with an attention kernel; requests of at most `light` packed rows come first."""
+def plan_kernel(
+    spec: AttentionSpec, config: Config, paged: bool, target: Target, light: int = 0, cut: bool = False
+) -> TritonKernel:
+    """The planner kernel that goes with an attention kernel; requests of at most `light` packed rows come first; cut:
+    for a Hopper kernel that joins ranges of keys."""
     pointers = ("q_indptr", "kv_lens", "page_indptr", "table", "items", "pages", "scratch", "error")
     signature: dict[str, Any] = dict.fromkeys(pointers, "*i32")
     signature |= {name: "fp32" if name == "merge_ratio" else "i32" for name in PLAN_NUMBERS}
@@ -209,6 +212,7 @@ def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target
         "BLOCK_N": config.block_n,
         "PAGED": paged,
         "LIGHT": light,
+        "CUT": cut,
     }
     told = {"kernel": "schedule of batches", "heads": f"{spec.heads.q_heads}/{spec.heads.kv_heads}"}
     source = Source(f"{KERNELS}.plan", "plan")

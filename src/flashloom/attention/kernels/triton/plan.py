@@ -3,12 +3,11 @@
 Every block of BLOCK_M packed query rows walks its request's keys in tiles of BLOCK_N. The total of tiles over the
 programs that run at a time gives the length of a range; a longer walk is cut into ranges of it and a shorter last one.
 With `fixed_tiles` the cut depends on the request alone.
-Items come longest first, and within a request the last rows first (under a causal mask they take longest); with LIGHT,
-those of requests
-with so few rows, which wait for memory, come before all others, so that a kernel can take from both kinds in turn. The
-kernel reads the caller's
-tensors and writes the plan's buffers, among them a compact copy of the page table, so it can be captured in a graph and
-replayed.
+Items come longest first, and within a request the last rows first (under a causal mask they take longest). With LIGHT,
+those of requests with so few rows, which wait for memory, come before all others, so that a kernel can take from both
+kinds in turn; with CUT the last, shorter ranges of walks that are cut have a place of their own by their length. The
+kernel reads the caller's tensors and writes the plan's buffers, among them a compact copy of the page table, so it can
+be captured in a graph and replayed.
 """
 
 # ruff: noqa: SIM102
@@ -17,6 +16,7 @@ import triton.language as tl
 
 BLOCK = tl.constexpr(128)
 SLACK = tl.constexpr(0.07)  # of a range: what a walk may have beyond its last one without another cut
+WORTH = tl.constexpr(1.3)
 SORTED = tl.constexpr(512)  # requests up to which items are ordered by length; the ranking is quadratic
 MOST = tl.constexpr(1 << 30)  # keys of a request
 
@@ -56,16 +56,19 @@ def request_shape(
 
 
 @triton.jit
-def ranges(tiles, blocks, limit, fixed_tiles, merge_ratio):
+def ranges(tiles, blocks, limit, fixed_tiles, merge_ratio, CUT: tl.constexpr):
     """Into how many ranges of how many tiles a walk of `tiles` is cut: `limit` tiles each, the last one shorter, so
     that the shorter walks fill the other programs evenly; and no more ranges than merging is worth. A walk a little
     longer than the limit is not cut for that.
 
-    With fixed cuts only requests of one block are cut.
+    With fixed cuts only requests of one block are cut. CUT: those of the Hopper kernel, whose walks are worth cutting
+    only where they are longer by WORTH: few programs at work are faster each.
     """
     limit = tl.where((fixed_tiles > 0) & (blocks > 1), 1 << 30, limit)
     worth = tl.ceil(tl.sqrt(tiles.to(tl.float32) * merge_ratio)).to(tl.int32)
     wanted = tl.ceil(tiles.to(tl.float32) / limit.to(tl.float32) - SLACK).to(tl.int32)
+    if CUT:
+        wanted = tl.where(tiles < limit.to(tl.float32) * WORTH, 1, wanted)
     pieces = tl.maximum(tl.minimum(wanted, worth), 1)
     size = tl.maximum(tl.cdiv(tiles, pieces), 1)
     size = tl.where(pieces > 1, tl.maximum(size, limit), size)
@@ -73,19 +76,36 @@ def ranges(tiles, blocks, limit, fixed_tiles, merge_ratio):
 
 
 @triton.jit
+def order(size, q_len, FEW: tl.constexpr):
+    """What says which ranges come first: those of requests of few tokens, if there is such a kind, and longer ones."""
+    if FEW > 0:
+        size += tl.where(q_len <= FEW, 1 << 30, 0)
+    return size
+
+
+@triton.jit
+def ahead(other_rank, count, other, there, rank, request):
+    """How many items of others [32] come before those of a rank [BLOCK]: of the same rank, those of requests before."""
+    before = (other_rank[None, :] > rank[:, None]) | (
+        (other_rank[None, :] == rank[:, None]) & (other[None, :] < request[:, None])
+    )
+    return tl.sum(tl.where(before & there[None, :], count[None, :], 0), 1)
+
+
+@triton.jit
 def plan(
     q_indptr, kv_lens, page_indptr, table, items, pages, scratch, error,
     requests, stride, max_items, max_tokens, max_pages, page_size, entries, room, programs, min_tiles, fixed_tiles,
     merge_ratio, item_programs, GROUP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAGED: tl.constexpr, LIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGED: tl.constexpr, LIGHT: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (item_programs + (reserved requests if PAGED),). The first write 128 items each, the others copy one
     request's page numbers.
 
     q_indptr, page_indptr int32 [requests + 1]; kv_lens int32 [requests]; table int32; items int32 [max_items, 16];
-    scratch int32 [6, stride]; error int32 [4]: code, request, number, limit (left alone when all is well). entries: of
+    scratch int32 [8, stride]; error int32 [4]: code, request, number, limit (left alone when all is well). entries: of
     the table, beyond which nothing is read whatever lengths and offsets say; room: see `keys_held`.
-    merge_ratio: time of a tile over that of merging one partial state.
+    merge_ratio: time of a tile over that of merging one partial state. CUT: for the Hopper kernel, walks may be cut.
     """
     lane = tl.arange(0, BLOCK)
     program = tl.program_id(0)
@@ -112,14 +132,20 @@ def plan(
     work = tl.zeros([BLOCK], tl.int64)
     wrong = requests  # the first request with a length that cannot be
     used = tl.zeros([BLOCK], tl.int64)
+    longest = 0
     for start in range(0, requests, BLOCK):
         request = start + lane
         ok = request < requests
         q_len, kv_len, blocks, tiles = request_shape(request, ok, *lens, GROUP, BLOCK_M, BLOCK_N)
         wrong = tl.minimum(wrong, tl.min(tl.where(ok & ((q_len < 0) | (kv_len < 0)), request, requests), 0))
         work += blocks.to(tl.int64) * tiles
+        if CUT:
+            longest = tl.maximum(longest, tl.max(tl.where(blocks > 0, tiles, 0), 0))
         used += tl.cdiv(kv_len, page_size)
-    limit = tl.maximum(tl.cdiv(tl.sum(work, 0) * KV_HEADS, programs).to(tl.int32), min_tiles)
+    limit = tl.cdiv(tl.sum(work, 0) * KV_HEADS, programs).to(tl.int32)
+    if CUT:  # programs take a second walk when they are done: halves, where few have a second one to take
+        limit = tl.where((limit > longest) & (limit < 1.6 * longest), tl.cdiv(limit, 2), limit)
+    limit = tl.maximum(limit, min_tiles)
     limit = tl.where(fixed_tiles > 0, fixed_tiles, limit)
 
     item_end = 0
@@ -132,12 +158,17 @@ def plan(
         request = start + lane
         ok = request < requests
         q_len, kv_len, blocks, tiles = request_shape(request, ok, *lens, GROUP, BLOCK_M, BLOCK_N)
-        pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
+        pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio, CUT)
         count = blocks * pieces
         split = tl.where(pieces > 1, count, 0)
         need = tl.cdiv(kv_len, page_size)
         at = scratch + request
-        tl.store(at + stride, count, mask=ok)
+        if CUT:
+            rest = tl.where((pieces > 1) & (requests <= SORTED), blocks, 0)
+            tl.store(at + stride, count - rest, mask=ok)
+            tl.store(at + 7 * stride, rest, mask=ok)
+        else:
+            tl.store(at + stride, count, mask=ok)
         tl.store(at + 2 * stride, slot_end + tl.cumsum(split, 0) - split, mask=ok)
         tl.store(at + 3 * stride, block_end + tl.cumsum(blocks, 0) - blocks, mask=ok)
         tl.store(at + 4 * stride, key_end + tl.cumsum(kv_len, 0) - kv_len, mask=ok)
@@ -155,21 +186,31 @@ def plan(
             request = start + lane
             ok = request < requests
             q_len, kv_len, blocks, tiles = request_shape(request, ok, *lens, GROUP, BLOCK_M, BLOCK_N)
-            pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
+            pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio, CUT)
             offset = tl.zeros([BLOCK], tl.int32)
+            rest_offset = tl.zeros([BLOCK], tl.int32)
             for other_start in range(0, requests, 32):
                 other = other_start + tl.arange(0, 32)
                 there = other < requests
                 _q, _kv, other_blocks, other_tiles = request_shape(other, there, *lens, GROUP, BLOCK_M, BLOCK_N)
-                other_pieces, other_size = ranges(other_tiles, other_blocks, limit, fixed_tiles, merge_ratio)
-                before = (other_size[None, :] > size[:, None]) | (
-                    (other_size[None, :] == size[:, None]) & (other[None, :] < request[:, None])
-                )
-                if LIGHT > 0:
-                    light = (q_len * GROUP <= LIGHT)[:, None]
-                    other_light = (_q * GROUP <= LIGHT)[None, :]
-                    before = (other_light & (light == 0)) | ((other_light == light) & before)
-                offset += tl.sum(tl.where(before & there[None, :], (other_blocks * other_pieces)[None, :], 0), 1)
+                other_pieces, other_size = ranges(other_tiles, other_blocks, limit, fixed_tiles, merge_ratio, CUT)
+                if CUT:
+                    other_first = other_blocks * tl.maximum(other_pieces - 1, 1)
+                    other_rest = tl.where(other_pieces > 1, other_blocks, 0)
+                    rank = order(size, q_len, LIGHT // GROUP)
+                    rest_rank = order(tiles - (pieces - 1) * size, q_len, LIGHT // GROUP)
+                    other_rank = order(other_size, _q, LIGHT // GROUP)
+                    other_rest_rank = order(other_tiles - (other_pieces - 1) * other_size, _q, LIGHT // GROUP)
+                    offset += ahead(other_rank, other_first, other, there, rank, request)
+                    offset += ahead(other_rest_rank, other_rest, other, there, rank, request)
+                    rest_offset += ahead(other_rank, other_first, other, there, rest_rank, request + 1)
+                    rest_offset += ahead(other_rest_rank, other_rest, other, there, rest_rank, request)
+                else:
+                    rank = order(size, q_len, LIGHT // GROUP)
+                    other_rank = order(other_size, _q, LIGHT // GROUP)
+                    offset += ahead(other_rank, other_blocks * other_pieces, other, there, rank, request)
+            if CUT:
+                tl.store(scratch + 6 * stride + request, rest_offset, mask=ok)
             tl.store(scratch + request, offset, mask=ok)
 
     if tl.load(q_indptr) < 0:
@@ -210,12 +251,24 @@ def plan(
         offset = tl.load(scratch + request, mask=ok, other=0)
         count = tl.load(scratch + stride + request, mask=ok, other=0)
         hit = (item[:, None] >= offset[None, :]) & (item[:, None] < (offset + count)[None, :]) & ok[None, :]
+        if CUT:
+            rest = tl.load(scratch + 7 * stride + request, mask=ok, other=0)
+            begin = tl.load(scratch + 6 * stride + request, mask=ok, other=0)
+            hit |= (item[:, None] >= begin[None, :]) & (item[:, None] < (begin + rest)[None, :]) & ok[None, :]
         owner += tl.sum(tl.where(hit, request[None, :], 0), 1)
     q_len, kv_len, blocks, tiles = request_shape(owner, live, *lens, GROUP, BLOCK_M, BLOCK_N)
-    pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio)
+    pieces, size = ranges(tiles, blocks, limit, fixed_tiles, merge_ratio, CUT)
     index = item - tl.load(scratch + owner, mask=live, other=0)
-    block = blocks - 1 - index // pieces
-    split = index % pieces
+    if CUT:
+        first = tl.load(scratch + stride + owner, mask=live, other=0)
+        begin = tl.load(scratch + 6 * stride + owner, mask=live, other=0)
+        index = tl.where((index < 0) | (index >= first), first + item - begin, index)
+        blocks = tl.maximum(blocks, 1)
+        block = blocks - 1 - index % blocks
+        split = index // blocks
+    else:
+        block = blocks - 1 - index // pieces
+        split = index % pieces
     low = split * size * BLOCK_N
     high = tl.minimum(low + size * BLOCK_N, kv_len)
     to = items + item.to(tl.int64) * 16
