@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FILES = ("interpreted", "interpreted_edges", "interpreted_crossing")
+FILES = ("interpreted", "interpreted_edges", "interpreted_crossing", "interpreted_hidden")
 
 
 def test_kernels_in_the_interpreter():

@@ -176,7 +176,7 @@ def attend_kernel(
         "PRECISION": precision, "K_SCALE": 2 if form.page_scales else 1, "V_SCALE": 2 if form.page_scales else 1,
         "E4M3_BITS": bits, "Q_FACTOR": factor, "LATENT": latent, "NEGATIVE": form.negative,
         "ONE_LOOP": config.block_m == 16 or lists is not None, "PARTS": count, "LISTS": lists,
-        "SPREAD": spread, "PAIRS": (2 if assembly else 1) if pairs else 0,
+        "EXACT": spec.program.mask is not None, "SPREAD": spread, "PAIRS": (2 if assembly else 1) if pairs else 0,
         "PASS": max(32 * config.num_warps * 16 // (d0 * spec.kv_dtype.itemsize), 1),
     }  # fmt: skip
     aligned = ("items", "pages", "part_out", "part_lse", *(("q", "k", "v", "out") if form.aligned else ()))

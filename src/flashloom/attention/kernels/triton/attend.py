@@ -12,13 +12,15 @@ Quantised keys are multiplied
 in float16, in which every value of theirs is exact; the query rows are brought into its range by a factor per row.
 """
 
-# ruff: noqa: RUF005, SIM102
+# ruff: noqa: SIM102
 import triton
 import triton.language as tl
+from flashloom.attention.kernels.triton.exact import any_odd, exact_row, odd_rows
 from flashloom.attention.kernels.triton.finish import combine, finish
 from flashloom.attention.kernels.triton.tiles import (
     apart,
     load_keys,
+    load_queries,
     load_tile,
     stored,
     tile_places,
@@ -29,42 +31,6 @@ from flashloom.attention.kernels.triton.tiles import (
 ITEM_WORDS = tl.constexpr(16)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def load_queries(
-    base, row, row_mask, head, q_pos, at, values,
-    QUERY: tl.constexpr, QUERY_INDEX: tl.constexpr, QUERY_LOADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
-    FIRST: tl.constexpr,
-):  # fmt: skip
-    """Columns FIRST to FIRST + BLOCK of the query rows at element offsets `row`, transformed where the variant does."""
-    column = FIRST + tl.arange(0, BLOCK)
-    if QUERY is None:
-        query = load_tile(base, row, column, row_mask, DIM, BLOCK, FIRST, True)
-    else:
-        loads = ()
-        for i in tl.static_range(QUERY_LOADS):
-            loads = loads + (  # type: ignore[assignment]
-                load_tile(base, row, QUERY_INDEX(i, column), row_mask, DIM, BLOCK, FIRST, True).to(tl.float32),
-            )
-        batch, kv_head, q_len, kv_len, q_start, kv_start = at
-        query = QUERY(
-            loads,
-            batch,
-            head[:, None],
-            kv_head,
-            q_pos[:, None],
-            q_len,
-            kv_len,
-            q_start,
-            kv_start,
-            column[None, :],
-            values,
-        )
-        query = query + tl.zeros([row.shape[0], BLOCK], tl.float32)
-        if FIRST + BLOCK > DIM:
-            query = tl.where((column < DIM)[None, :], query, 0.0)
-    return query
 
 
 @triton.jit
@@ -247,7 +213,8 @@ def attend_tiles(
                 load_tile(v_tile, v_row, tl.arange(0, V0), live, VALUE_DIM, V0, 0, MASKED), PV_TYPE, E4M3_BITS
             )
         if V_SCALE == 2:
-            v_factor = tl.load(v_scale + (page + tl.zeros([BLOCK_N], tl.int64)) * v_scale_page)
+            v_place = v_scale + (page + tl.zeros([BLOCK_N], tl.int64)) * v_scale_page
+            v_factor = tl.load(v_place, mask=live, other=0.0) if MASKED else tl.load(v_place)
             p = p * v_factor[None, :]
         p = p.to(PV_TYPE)
         acc0 = tl.dot(p, value0, acc0, input_precision=PRECISION)  # [BLOCK_M, V0]
@@ -275,7 +242,7 @@ def attend(
     QK_TYPE: tl.constexpr, PV_TYPE: tl.constexpr, PRECISION: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     E4M3_BITS: tl.constexpr, Q_FACTOR: tl.constexpr, LATENT: tl.constexpr, NEGATIVE: tl.constexpr,
     ONE_LOOP: tl.constexpr, PARTS: tl.constexpr, LISTS: tl.constexpr, SPREAD: tl.constexpr, PASS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    PAIRS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One work item for one kv head, or one of its PARTS blocks of rows. Grid: (items * PARTS * KV_HEADS,).
 
@@ -289,6 +256,7 @@ def attend(
     sm_scale is. SPREAD: row sums are kept by key of a tile. PASS: rows of a tile that all threads copy at a time.
     PAIRS: 8-bit values are read as int16, two columns each, and taken apart in registers (2: by assembly); until the
     end acc0 has the even columns and acc1 the odd ones.
+    EXACT: rows that come out as NaN are computed once more, from the keys that they see alone.
     LISTS: where in `values` the two lists of visited tiles begin (`triton_blocks.LISTS`), or None.
     """
     kv_head = tl.program_id(0) % KV_HEADS
@@ -370,6 +338,7 @@ def attend(
         q1 = q1.to(QK_TYPE)
 
     STORED: tl.constexpr = v.dtype.element_ty
+    own_values = v
     if PAIRS:
         v = v.to(tl.pointer_type(tl.int16), bitcast=True)
     first, last = kv_lo // BLOCK_N, tl.cdiv(kv_hi, BLOCK_N)
@@ -434,6 +403,8 @@ def attend(
         if V1 > 0:
             acc1 = acc1 * v_factor
 
+    wrong = tl.zeros([BLOCK_M], tl.int32)  # rows that came out as NaN, and whether there is one
+    some_wrong = 0
     if splits == 1:
         finish(
             acc0, state * LN2, row, row_mask, out, lse, at, out_request, out_token, out_head, lse_request, lse_token,
@@ -441,55 +412,78 @@ def attend(
         )  # fmt: skip
         if V1 > 0:
             finish(
-                acc1, state * LN2, row, row_mask, out, lse, at, out_request, out_token,
-                out_head, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
-                V1, V0,
+                acc1, state * LN2, row, row_mask, out, lse, at, out_request, out_token, out_head, lse_request,
+                lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V1, V0,
             )  # fmt: skip
-        return
-
-    mine = (slot + split * KV_HEADS) * (BLOCK_M * PARTS) + part * BLOCK_M + local  # int64 [BLOCK_M]
-    column = tl.arange(0, V0)
-    tl.store(
-        part_out + mine[:, None] * VALUE_DIM + column[None, :],
-        acc0,
-        mask=row_mask[:, None] & (column < VALUE_DIM)[None, :],
-    )
-    if V1 > 0:
-        column1 = V0 + tl.arange(0, V1)
+        if EXACT:
+            some_wrong = any_odd(acc0, acc1, V1 > 0)
+            if some_wrong > 0:
+                wrong = odd_rows(acc0, acc1, V1 > 0)
+    else:
+        mine = (slot + split * KV_HEADS) * (BLOCK_M * PARTS) + part * BLOCK_M + local  # int64 [BLOCK_M]
+        column = tl.arange(0, V0)
         tl.store(
-            part_out + mine[:, None] * VALUE_DIM + column1[None, :],
-            acc1,
-            mask=row_mask[:, None] & (column1 < VALUE_DIM)[None, :],
+            part_out + mine[:, None] * VALUE_DIM + column[None, :],
+            acc0,
+            mask=row_mask[:, None] & (column < VALUE_DIM)[None, :],
         )
-    if SOFTMAX:
-        tl.store(part_lse + mine, state, mask=row_mask)
-    tl.debug_barrier()  # every thread's partial state is written before one of them says so
-    arrived = tl.atomic_add(arrivals + arrival, 1, sem="acq_rel", scope="gpu")
-    if arrived != splits - 1:
-        return
-    tl.store(arrivals + arrival, 0)
-    for start in range(0, rows, MERGE_ROWS):
-        some = start + tl.arange(0, MERGE_ROWS)
-        ok = some < rows
-        whole_row = row_start + tl.minimum(some, rows - 1)
-        merged, level = combine(
-            part_out, part_lse, slot, splits, part * BLOCK_M + some, ok, SOFTMAX, BLOCK_M * PARTS, VALUE_DIM, V0, 0,
-            KV_HEADS, MERGE_ROWS,
-            MERGE_SPLITS
-        )  # fmt: skip
-        finish(
-            merged, level * LN2, whole_row, ok, out, lse, at, out_request, out_token, out_head, lse_request,
-            lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0,
-            0,
-        )  # fmt: skip
         if V1 > 0:
-            merged1, level1 = combine(
-                part_out, part_lse, slot, splits, part * BLOCK_M + some, ok, SOFTMAX, BLOCK_M * PARTS, VALUE_DIM, V1,
-                V0, KV_HEADS, MERGE_ROWS,
-                MERGE_SPLITS
+            column1 = V0 + tl.arange(0, V1)
+            tl.store(
+                part_out + mine[:, None] * VALUE_DIM + column1[None, :],
+                acc1,
+                mask=row_mask[:, None] & (column1 < VALUE_DIM)[None, :],
+            )
+        if SOFTMAX:
+            tl.store(part_lse + mine, state, mask=row_mask)
+        tl.debug_barrier()  # every thread's partial state is written before one of them says so
+        arrived = tl.atomic_add(arrivals + arrival, 1, sem="acq_rel", scope="gpu")
+        merging = 0
+        if arrived == splits - 1:
+            tl.store(arrivals + arrival, 0)
+            merging = rows
+        for start in range(0, merging, MERGE_ROWS):
+            some = start + tl.arange(0, MERGE_ROWS)
+            ok = some < rows
+            whole_row = row_start + tl.minimum(some, rows - 1)
+            merged, level = combine(
+                part_out, part_lse, slot, splits, part * BLOCK_M + some, ok, SOFTMAX, BLOCK_M * PARTS, VALUE_DIM, V0,
+                0, KV_HEADS, MERGE_ROWS, MERGE_SPLITS,
             )  # fmt: skip
             finish(
-                merged1, level1 * LN2, whole_row, ok, out, lse, at, out_request, out_token,
-                out_head, lse_request, lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM,
-                V1, V0,
+                merged, level * LN2, whole_row, ok, out, lse, at, out_request, out_token, out_head, lse_request,
+                lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V0, 0,
             )  # fmt: skip
+            merged1 = merged
+            if V1 > 0:
+                merged1, level1 = combine(
+                    part_out, part_lse, slot, splits, part * BLOCK_M + some, ok, SOFTMAX, BLOCK_M * PARTS, VALUE_DIM,
+                    V1, V0, KV_HEADS, MERGE_ROWS, MERGE_SPLITS,
+                )  # fmt: skip
+                finish(
+                    merged1, level1 * LN2, whole_row, ok, out, lse, at, out_request, out_token, out_head, lse_request,
+                    lse_token, lse_head, flags, values, OUTPUT, SOFTMAX, GROUP, VALUE_DIM, V1, V0,
+                )  # fmt: skip
+            if EXACT:
+                if any_odd(merged, merged1, V1 > 0) > 0:
+                    some_wrong = 1
+                    odd = odd_rows(merged, merged1, V1 > 0)
+                    mark = tl.where(local[:, None] == some[None, :], odd[None, :], 0)
+                    wrong = tl.maximum(wrong, tl.max(mark, 1))
+
+    if EXACT:
+        if some_wrong > 0:
+            tl.debug_barrier()  # the rows have been written
+            v_factor_now = 1.0
+            if V_SCALE == 1:
+                v_factor_now = v_factor
+            for n in range(rows):
+                if tl.max(tl.where(local == n, wrong, 0), 0) > 0:
+                    exact_row(
+                        row_start + n, q, k, own_values, out, lse, k_scale, v_scale, pages, page_begin, first_page,
+                        q_request, q_token, q_head_step, k_page, k_token, v_page, v_token, out_request, out_token,
+                        out_head, lse_request, lse_token, lse_head, k_scale_page, v_scale_page, factor, scale,
+                        v_factor_now, flags, at, values, QUERY, QUERY_INDEX, QUERY_LOADS, KEY, KEY_INDEX, KEY_LOADS,
+                        LOGITS, MASK, OUTPUT, SOFTMAX, GROUP, DIM, VALUE_DIM, D0, D1, V0, V1, PAGE_SIZE,
+                        16, VEC_Q, VEC_K, VEC_V, K_SCALE, V_SCALE, E4M3_BITS,
+                    )  # fmt: skip

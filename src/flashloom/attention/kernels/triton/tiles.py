@@ -125,6 +125,42 @@ def load_tile(
 
 
 @triton.jit
+def load_queries(
+    base, row, row_mask, head, q_pos, at, values,
+    QUERY: tl.constexpr, QUERY_INDEX: tl.constexpr, QUERY_LOADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+):  # fmt: skip
+    """Columns FIRST to FIRST + BLOCK of the query rows at element offsets `row`, transformed where the variant does."""
+    column = FIRST + tl.arange(0, BLOCK)
+    if QUERY is None:
+        query = load_tile(base, row, column, row_mask, DIM, BLOCK, FIRST, True)
+    else:
+        loads = ()
+        for i in tl.static_range(QUERY_LOADS):
+            loads = loads + (  # type: ignore[assignment]
+                load_tile(base, row, QUERY_INDEX(i, column), row_mask, DIM, BLOCK, FIRST, True).to(tl.float32),
+            )
+        batch, kv_head, q_len, kv_len, q_start, kv_start = at
+        query = QUERY(
+            loads,
+            batch,
+            head[:, None],
+            kv_head,
+            q_pos[:, None],
+            q_len,
+            kv_len,
+            q_start,
+            kv_start,
+            column[None, :],
+            values,
+        )
+        query = query + tl.zeros([row.shape[0], BLOCK], tl.float32)
+        if FIRST + BLOCK > DIM:
+            query = tl.where((column < DIM)[None, :], query, 0.0)
+    return query
+
+
+@triton.jit
 def load_keys(
     base, row, kv_pos, at, scale, values, row_mask,
     KEY: tl.constexpr, KEY_INDEX: tl.constexpr, KEY_LOADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
