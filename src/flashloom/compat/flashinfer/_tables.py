@@ -245,6 +245,8 @@ def trtllm_batch_decode_with_kv_cache(
         if asks and name not in IGNORED:
             raise NotImplementedError(f"trtllm_batch_decode_with_kv_cache({name}=...) is not supported by flashloom")
     if isinstance(sinks, (list, tuple)):
+        if len(sinks) > 1:
+            raise ValueError(f"sinks holds {len(sinks)} tensors: give one, [q_heads] or [kv_heads, group]")
         sinks = sinks[0] if sinks else None
     dtype = None if out_dtype is None else utils.canonicalize_torch_dtype(out_dtype)
     if (cum_seq_lens_q is None) != (max_q_len is None):
