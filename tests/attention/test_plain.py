@@ -78,6 +78,30 @@ def test_functionalize_and_counters() -> None:
         torch.func.grad(lambda x: fl.attention(x, *inputs()[1:], variant=fl.causal).sum())(inputs()[0])
 
 
+@pytest.mark.usefixtures("called")
+def test_transforms_around_tensors_that_they_do_not_wrap() -> None:
+    """What is made within functionalize has no memory, whatever it is made like."""
+    given = inputs()
+    attend = lambda _: fl.attention(*given, variant=fl.causal)  # noqa: E731
+    torch.testing.assert_close(torch.func.functionalize(attend)(given[0]), sdpa(*given), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.vmap(attend)(given[0])[0], sdpa(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_plan_within_a_transform_says_so(repeated) -> None:
+    attn = fl.Attention(HEADS, variant=fl.causal, dtype=torch.float32, device="cpu")
+    plan = attn.plan(fl.Batch(q_lens=[20], kv=fl.RaggedKV([20])))
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in inputs())
+    if repeated:
+        for _ in range(3):
+            plan.run(q, (k, v))
+    for transform in (torch.func.functionalize, torch.vmap, torch.func.grad):
+        for run in (lambda x: plan.run(x, (k, v)), lambda x: plan.run(q, (k, v)), lambda x: plan.run(q, (x, v))):
+            with pytest.raises((RuntimeError, TypeError), match=r"torch\.vmap|no gradients"):
+                transform(run)(q if transform is not torch.vmap else q[None])
+    torch.testing.assert_close(make_fx(lambda x: plan.run(x, (k, v)))(q)(q), plan.run(q, (k, v)))
+
+
 def negative(x: torch.Tensor) -> torch.Tensor:
     """The same numbers as a view that negates, with an inner stride of 1."""
     found = torch._neg_view(-x)

@@ -22,6 +22,7 @@ from flashloom.kernel import cuda
 from flashloom.kv_cache.cache import KV, KV_DTYPES, check_layout, place
 from flashloom.kv_cache.views import as_kv
 from flashloom.variant import full
+from flashloom.variant.plain import transforming
 from flashloom.variant.title import name_of
 from flashloom.variant.variant import Variant, advice
 
@@ -293,6 +294,11 @@ class Plan:
                     to = self._empty(q) if out is None else out
                     if self._repeat(q, k, v, k_scale, v_scale, to):
                         return to
+            if transforming() is not None:
+                raise RuntimeError(
+                    "a plan runs within torch.vmap, torch.func.functionalize or another transform of torch.func: call "
+                    "fl.attention there, which they know as an operator, or run the plan outside"
+                )
             if (
                 type(q) is not Tensor
                 or q.shape != self._q_shape

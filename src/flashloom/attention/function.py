@@ -25,7 +25,7 @@ from flashloom.kv_cache.pages import DenseKV, RaggedKV
 from flashloom.variant import causal as causal_variant
 from flashloom.variant import full
 from flashloom.variant.expr import Expr, all_of, topological
-from flashloom.variant.plain import plain, transformed
+from flashloom.variant.plain import plain, transformed, transforming
 from flashloom.variant.ranges import SKIP, tile_verdict
 from flashloom.variant.variant import Variant, advice
 
@@ -134,13 +134,14 @@ def attention(
         ):
             if call.plan.launch is call.launch and call.again is not None and Plan.run is _RUN:
                 out = torch.empty_like(q) if call.like else q.new_empty_strided(*call.form, dtype=call.dtype)
-                if call.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()):
+                to = out.data_ptr()  # 0 where out has no memory, as within torch.func.functionalize
+                if to and call.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), to):
                     return out
-            if call.plan.batch is call.batch:  # another call of this plan came between
+            if call.plan.batch is call.batch and transforming() is None:  # another call of this plan came between
                 result = _run(call.plan, q, k, v, variant, sm_scale, False, None)
                 call.follow()
                 return result
-    if any(map(transformed, (q, k, v))):
+    if transforming() is not None or any(map(transformed, (q, k, v))):
         return _operator(q, k, v, variant, sm_scale, return_lse, False)
     _check(q, k, v, variant, False)
     plan, result = dense(q, k, v, variant, sm_scale, return_lse)
@@ -190,7 +191,7 @@ def _named(
         out = None if out is None else out.transpose(1, 2)
         result = _named(q, k, v, (), variant, causal, sm_scale, return_lse, out, "BHTD", {})
         return tuple(x.transpose(1, 2) for x in result) if return_lse else result.transpose(1, 2)
-    if torch.compiler.is_compiling() or _modes() or any(map(transformed, (q, k, v))):
+    if torch.compiler.is_compiling() or _modes() or transforming() is not None or any(map(transformed, (q, k, v))):
         result = _operator(q, k, v, variant, sm_scale, return_lse, layout is not None, causal)
         if out is None:
             return result

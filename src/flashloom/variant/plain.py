@@ -18,6 +18,8 @@ _OTHER_KEYS = tuple((getattr(_KEYS, key), words) for key, words in _OTHER if has
 
 
 _TRANSFORMED = tuple(getattr(_KEYS, k) for k in ("Python", "FuncTorchBatched", "Functionalize") if hasattr(_KEYS, k))
+#: The depth of torch.func's transforms that are under way, or None.
+transforming = torch._C._functorch.maybe_current_level
 _usual: set[int] = set()  # sets of keys that were found to be plain
 
 
