@@ -80,9 +80,9 @@ def _slots(
     entry = first + number
     held = entry.clamp(0, indices.numel() - 1)
     page = indices[held].to(torch.int64)
-    inside = (requests == row) & (entry >= first) & (entry < last) & (entry == held)
-    inside &= page.clamp(0, pages - 1) == page
-    return torch.add(places, page - number, alpha=page_size).masked_fill_(~inside, -1)
+    outside = (requests != row) | (entry < first) | (entry >= last) | (entry != held)
+    outside |= page.clamp(0, pages - 1) != page
+    return torch.add(places, page - number, alpha=page_size).masked_fill_(outside, -1)
 
 
 def _outside(request: int, position: int, indptr: torch.Tensor, pages: int, page_size: int) -> str:
