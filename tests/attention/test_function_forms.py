@@ -275,6 +275,7 @@ def test_a_graph_of_make_fx_computes_anew(dims, tracing):
         torch.testing.assert_close(graph(q, k, v), fl.attention(q, k, v, causal=True) * 2)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_that_cannot_be_read_are_refused_in_words():
     q = torch.randn(2, 4, 6, 16)
     for layout in (torch.strided, torch.jagged):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flashloom.attention.linear import RISING, Step, linear
+from flashloom.attention.pairs import check_pairs, pair_reads
 from flashloom.dataclass import dataclass
-from flashloom.variant.expr import INT32, INT64, Expr, Program, topological
+from flashloom.variant.expr import Expr, Program, topological
 
 if TYPE_CHECKING:
     from flashloom.attention.batch import Batch
@@ -29,7 +31,6 @@ _OF_BATCH = {
 }
 _OF_HEADS = {"q_head": ("at.q_head", "query heads"), "kv_head": ("at.kv_head", "kv heads")}
 _WORDS = {**_OF_BATCH, **_OF_HEADS}
-_RISING = ("min", "max", "floordiv")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def reads(program: Program, but: Collection[int] = ()) -> tuple[Read, ...]:
 
 def _rising(e: Expr) -> tuple[str, tuple[tuple[str, int], ...]] | None:
     """An index as rising steps of one source, each of whose values occurs; None for any other."""
-    terms, constant = _linear(e)
+    terms, constant = linear(e)
     if terms.get("q_pos") and terms.get("kv_len") == -terms["q_pos"] and terms.get("q_len") == terms["q_pos"]:
         terms = {"row": terms["q_pos"], **{k: v for k, v in terms.items() if k not in ("q_pos", "kv_len", "q_len")}}
     if len(terms) != 1:
@@ -87,51 +88,14 @@ def _rising(e: Expr) -> tuple[str, tuple[tuple[str, int], ...]] | None:
             return None
         before: tuple[str, tuple[tuple[str, int], ...]] = (source, ())
     else:
-        inner = _rising(source.args[0]) if isinstance(source, _Step) else None
+        inner = _rising(source.of) if isinstance(source, Step) and source.op in RISING else None
         if inner is None:
             return None
-        before = inner[0], (*inner[1], (source.op, source.args[1].attr))
+        before = inner[0], (*inner[1], (source.op, source.by))
     steps = before[1]
     if factor != 1:
         steps = (*steps, ("mul", factor))
     return before[0], (*steps, ("add", constant)) if constant else steps
-
-
-def _linear(e: Expr) -> tuple[dict[Any, int], int]:
-    """(factors of inputs and of steps that are not linear, a constant) that sum up to an integer expression; anything
-    else is a term by itself."""
-    if e.op == "const":
-        return {}, int(e.attr)
-    if e.op == "input":
-        return {e.attr: 1}, 0
-    if e.op == "cast" and e.args[0].dtype in (INT32, INT64):
-        return _linear(e.args[0])
-    if e.op in ("add", "sub"):
-        (a, x), (b, y) = map(_linear, e.args)
-        sign = 1 if e.op == "add" else -1
-        total = dict(a)
-        for term, factor in b.items():
-            total[term] = total.get(term, 0) + sign * factor
-        return {term: factor for term, factor in total.items() if factor}, x + sign * y
-    if e.op == "neg":
-        terms, constant = _linear(e.args[0])
-        return {term: -factor for term, factor in terms.items()}, -constant
-    if e.op == "mul":
-        for one, by in (e.args, e.args[::-1]):
-            if by.op == "const":
-                terms, constant = _linear(one)
-                return {term: factor * by.attr for term, factor in terms.items() if by.attr}, constant * by.attr
-    if e.op in _RISING:
-        for one, by in (e.args, e.args[::-1]) if e.op != "floordiv" else (e.args,):
-            if by.op == "const" and (e.op != "floordiv" or by.attr > 0):
-                return {_Step(e.op, (one, by)): 1}, 0
-    return {e: 1}, 0
-
-
-@dataclass(frozen=True)
-class _Step:
-    op: str
-    args: tuple[Expr, Expr]
 
 
 class Sizes:
@@ -145,8 +109,11 @@ class Sizes:
         self._heads = tuple(read for read in found if read.source in _OF_HEADS)
         self._batch = tuple(read for read in found if read.source in _OF_BATCH)
         self._parts = any(part._sized for part in parts)
+        flex = [x for part in parts if part._all_pairs for _, x in part._fields()]
+        places = {i for i, x in enumerate(variant.values) if any(x is one for one in flex)}
+        self._pairs = pair_reads(self._program, places)
         #: Whether a batch matters at all.
-        self.of_batch = bool(self._batch or self._parts)
+        self.of_batch = bool(self._batch or self._parts or self._pairs)
 
     def check_heads(self, values: tuple[Any, ...], heads: HeadShape) -> None:
         """Raise ValueError where the heads leave a tensor."""
@@ -164,6 +131,8 @@ class Sizes:
                 largest["row"], largest["kv_pos"] = batch.longest
                 largest["q_pos"] = largest["kv_pos"]
             self._check(self._batch, values, largest, "the batch has")
+        if self._pairs and batch.host:
+            check_pairs(self._pairs, self._program, values, heads, batch)
         if self._parts:
             for part in variant._parts():
                 part._check_batch(batch, heads)

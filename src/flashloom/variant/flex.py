@@ -28,6 +28,8 @@ _GIVEN = {"score_mod": ("score", "b", "h", "q_idx", "kv_idx"), "mask_mod": ("b",
 class Flex(Variant):
     """A FlexAttention variant; made by `from_flex`. Its functions are called once, when it is made."""
 
+    _all_pairs = True
+
     if TYPE_CHECKING:
         score_mod: Callable | None
         mask_mod: Callable | None

@@ -63,6 +63,7 @@ class Variant:
         _handle: int
     softmax: ClassVar[bool] = True
     _kinds: ClassVar[dict[str, str]] = {}
+    _all_pairs: ClassVar[bool] = False  # its indices must be right for every pair of a query and a key, masked or not
     _sized: ClassVar[tuple[str, ...]] = ()  # fields whose sizes `_check_batch` knows better than their indices do
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
