@@ -1,5 +1,5 @@
-"""Runs `emulated.py` in a process of its own: it replaces what the kernels import, and Triton decides at its first
-import whether it interprets."""
+"""Runs the `emulated*.py` beside it in a process of its own: that replaces what the kernels import, and Triton decides
+at its first import whether it interprets."""
 
 import os
 import subprocess
@@ -10,11 +10,13 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+FILES = ("emulated", "emulated_hidden")
+
 
 def test_kernels_on_the_emulated_machine():
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root / "src"), str(root)])}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"]
-    command = [sys.executable, "-m", "pytest", *options, str(root / "tests/hopper/emulated.py")]
+    command = [sys.executable, "-m", "pytest", *options, *(str(root / f"tests/hopper/{name}.py") for name in FILES)]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=2400, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

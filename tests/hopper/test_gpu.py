@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from tests.attention.hidden import Hidden
 from tests.hopper.drawn import drawn
 from tests.hopper.strided import check_views
 from tests.triton.cases import (
@@ -30,6 +31,8 @@ from flashloom.attention.reference import attention_reference
 HERE = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HERE, reason="needs a GPU of compute capability 9.0")]
 G = H(32, 8, 128)
+MASKS = ("causal", "window", "band", "heads", "every", "documents", "custom")
+HOOKS = ("", "", "softcap", "alibi", "bias", "output")
 
 
 class Warm(fl.Variant):
@@ -260,3 +263,13 @@ def test_kernel_that_cannot_be_built(monkeypatch):
 
 def test_pages_that_are_views():
     check_views("cuda")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_hidden_keys(seed):
+    """NaN and infinities that a mask hides; also where keys are cut into ranges."""
+    types = [(E4M3, E4M3)] if seed % 4 == 3 else [(F16, F16), (BF16, BF16)]
+    Hidden(
+        seed + 7000, types, masks=MASKS, hooks=HOOKS, phases=("append", "prefill"), widths=(64, 80, 128), rows=200,
+        longest=3000, device="cuda",
+    ).check("hopper")  # fmt: skip

@@ -3,6 +3,7 @@ gpu`."""
 
 import pytest
 import torch
+from tests.attention.hidden import Hidden
 from tests.triton.cases import (
     BF16,
     CASES,
@@ -189,3 +190,10 @@ def test_append_on_gpu(dtype, cache_dtype, layout):
     append_reference(b[0], k, v, slots)
     for x, y in ((a[0].k, b[0].k), (a[0].v, b[0].v)):
         assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_hidden_keys(seed):
+    """NaN and infinities that a mask hides."""
+    types = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, E4M3), (BF16, E5M2)]
+    Hidden(seed + 8000, types, device="cuda").check("triton")

@@ -1,8 +1,9 @@
 """The Hopper backend: prefill, append and mixed batches by a persistent Gluon kernel.
 
 Batches are planned on the device by the Triton backend's planner, which also splits keys where tiles of queries are
-few; `run` is one launch. Tensors that tensor maps cannot describe (rows that are not multiples of 16 bytes, expanded or
-empty ones) and keys with a scale per page go to the Triton kernels."""
+few; `run` is one launch, and under a mask a small one behind it (`kernels/triton/mend.py`). Tensors that tensor maps
+cannot describe (rows that are not multiples of 16 bytes, expanded or empty ones) and keys with a scale per page go to
+the Triton kernels."""
 
 from __future__ import annotations
 
@@ -80,7 +81,9 @@ class HopperExecutor(TritonExecutor):
         self._groups = heads.q_heads // self._config.pack
         self._cut = self._cuts(batch)
         self._fixed, self._least, self._merge_ratio = (0 if self._cut else UNSPLIT), sizes_of.LEAST, MERGE
+        self._masked = spec.program.mask is not None
         self._hopper: dict[Form, gluon.MapLaunch] = {}
+        self._menders: dict[torch.dtype, Any] = {}
         self._usual = asked.usual(spec, self._config, self._page, self._cut)
         self._maps = {}  # of queries, results, keys and values, by whether the latter lie in chunks
         for chunked in {False, self._usual.chunked}:
@@ -100,8 +103,11 @@ class HopperExecutor(TritonExecutor):
         with ThreadPoolExecutor(2) as pool:
             kernel = asked.plan_kernel(self.spec, self._config, self._paged, self.target, self._cut)
             planner = pool.submit(launch.launcher, kernel, self.device)
+            mender = pool.submit(self._mend, form.out_dtype) if self._masked else None
             self._hopper[form] = self._attend(form)
             self._planner = planner.result()
+            if mender is not None:
+                mender.result()
 
     def _attend(self, form: Form) -> gluon.MapLaunch:
         from flashloom.kernel import gluon
@@ -114,6 +120,14 @@ class HopperExecutor(TritonExecutor):
             if not triton and not isinstance(error, (ImportError, AttributeError)):
                 raise
             raise CannotBuild(f"this Triton cannot compile the kernel ({_first_line(error)})") from error
+
+    def _mend(self, out_dtype: torch.dtype) -> Any:
+        """What computes rows once more that came out as NaN: a mask may have hidden it."""
+        found = self._menders.get(out_dtype)
+        if found is None:
+            kernel = asked.mend_kernel(self.spec, out_dtype, self._config, self._page, self.target)
+            found = self._menders[out_dtype] = launch.launcher(kernel, self.device)
+        return found
 
     @classmethod
     def kernels(
@@ -136,6 +150,8 @@ class HopperExecutor(TritonExecutor):
             found.append(asked.plan_kernel(spec, config, page_size > 0, target, cut))
             form = asked.usual(spec, config, page_size, cut)
             found.append(asked.attend_kernel(spec, form, config, page_size, target))
+        if spec.program.mask is not None:
+            found.append(asked.mend_kernel(spec, spec.out_dtype, config, page_size, target))
         return found
 
     def _cuts(self, batch: Batch) -> bool:
@@ -165,7 +181,10 @@ class HopperExecutor(TritonExecutor):
         self._sizes = sizes
         self._error, self.repeat = self._buffers.error_words, None
         self._counter = torch.zeros(3, dtype=torch.int32, device=self.device)
-        self.workspace_size = self._buffers.bytes
+        rows = tokens * self.spec.heads.q_heads if self._masked else 0
+        self._marks = torch.zeros(asked.MARKS + rows, dtype=torch.int8, device=self.device)
+        self._mended = self._marks[16:20].view(torch.int32)  # programs that have looked
+        self.workspace_size = self._buffers.bytes + self._marks.numel()
         place = {name: view.data_ptr() for name, view in self._buffers.views.items()}
         parts = (place[name] for name in ("part_out", "part_lse", "arrivals"))
         self._run_buffers = (place["items"], place["pages"], self._counter.data_ptr(), *parts)
@@ -178,6 +197,7 @@ class HopperExecutor(TritonExecutor):
         return [
             *super().buffers(),
             self._counter,
+            self._marks,
             self._one_scale,
             *([] if self._other is None else self._other.buffers()),
         ]
@@ -242,6 +262,7 @@ class HopperExecutor(TritonExecutor):
             maps.append(out_map.of((out_tokens, heads.q_heads, heads.value_dim), (o0, o1)))
         vector = 16 // out.element_size()
         flags = 2 * partial + (lse is not None)
+        mender = self._mend(out.dtype) if self._masked else None
         self._last, self._last_maps, self._lse_place = kernel, maps, 0 if lse is None else lse.data_ptr()
         try:
             first = self._place(*places)
@@ -253,11 +274,36 @@ class HopperExecutor(TritonExecutor):
             self._grid,
             (
                 *first, *self._run_buffers, q_jump, out_jump, o0 // vector, o1 // vector, l0, l1, *self._numbers,
-                sm_scale, flags, *steps_kv, *scales, *self._flat(values),
+                sm_scale, flags, *steps_kv, *scales, self._marks.data_ptr(), *self._flat(values),
             ),
         )  # fmt: skip
+        if mender is not None:
+            mender(self._grid, self._mend_words(q, kv, out, lse, sm_scale, flags, values))
+        self._last_mender = mender
         self._scales = kv.k_scale, kv.v_scale
         self._repeatable(q, k, v, out, lse, places)
+
+    def _mend_words(
+        self, q: torch.Tensor, kv: KV, out: torch.Tensor, lse: torch.Tensor | None, sm_scale: float, flags: int,
+        values: tuple[Any, ...],
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """What `mend` is told of the run before it; `again` changes the first four."""
+        one, views = self._one_scale, self._buffers.views
+        scales = [one if x is None else x for x in (kv.k_scale, kv.v_scale)]
+        tensors = (
+            q, kv.k, kv.v, out, one if lse is None else lse, *scales, views["items"], views["pages"], self._marks,
+            self._mended,
+        )  # fmt: skip
+        strides = [*steps(q)]
+        for x in (kv.k, kv.v):
+            x0, x1, x2, _ = x.stride()
+            strides += [x0, x0 if self._ragged else x1, x2]
+        strides += [*steps(out)]
+        vectors = [16 // q.element_size()] * 9 + [16 // out.element_size()] * 3
+        strides = [stride // vector for stride, vector in zip(strides, vectors)]
+        strides += (0, 0, 0) if lse is None else steps(lse, width=False)
+        strides += [x.stride(-1) if x.numel() > 1 else 0 for x in scales]
+        return (*(self._address(x) for x in tensors), *strides, sm_scale, flags, *self._flat(values))
 
     def _maps_of(self, sizes: Any, strides: Any) -> tuple[bool, list[Any], tuple[int, ...]]:
         """Of keys and values: whether they lie in chunks, their maps, and what the kernel is told of their strides."""
@@ -294,6 +340,8 @@ class HopperExecutor(TritonExecutor):
         if (q | k | v | out) & 15 or self._error[0]:
             return False
         self._last.again(self._grid, self._place(q, k, v, out))
+        if self._last_mender is not None:
+            self._last_mender.again(self._grid, (q, k, v, out))
         return True
 
     def _otherwise(self, q: Any, kv: KV, out: Any, lse: Any, sm_scale: float, partial: bool, values: Any) -> None:

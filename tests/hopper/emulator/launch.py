@@ -127,6 +127,7 @@ class Emulated(hopper_executor.HopperExecutor):
     """Serves CPU tensors; says which memory a launch may touch."""
 
     memory = Memory()
+    _lends = False
 
     @classmethod
     def refuses(cls, spec: AttentionSpec, device: torch.device) -> str | None:
@@ -135,8 +136,20 @@ class Emulated(hopper_executor.HopperExecutor):
     def allowed(self, *arguments: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
         return arguments
 
-    def _address(self, x: torch.Tensor) -> int:
-        return x.data_ptr()
+    def _address(self, x: torch.Tensor) -> Any:
+        return x if self._lends else x.data_ptr()
+
+    def _mend_words(self, *given: Any) -> tuple[Any, ...]:
+        self._lends = True  # the interpreter takes tensors
+        self._flats.clear()
+        words = super()._mend_words(*given)
+        self._lends = False
+        self._flats.clear()
+        return words
+
+    def again(self, *places: int) -> bool:
+        self._last_mender = None  # it cannot take addresses
+        return super().again(*places)
 
     def _grow(self, batch: Any) -> None:
         super()._grow(batch)
@@ -146,6 +159,14 @@ class Emulated(hopper_executor.HopperExecutor):
     def run(self, q: Any, kv: Any, out: Any, lse: Any, **more: Any) -> None:
         Emulated.memory = Memory()
         fields = [x for x in more["values"] if isinstance(x, torch.Tensor)]
-        own = [*self._buffers.views.values(), self._counter, self._one_scale, kv.k_scale, kv.v_scale, *fields]
+        own = [
+            *self._buffers.views.values(),
+            self._counter,
+            self._marks,
+            self._one_scale,
+            kv.k_scale,
+            kv.v_scale,
+            *fields,
+        ]
         Emulated.memory.allow(*self.allowed(q, kv.k, kv.v, out, lse), *own)
         super().run(q, kv, out, lse, **more)

@@ -12,6 +12,7 @@ from flashloom.attention.executor import AttentionSpec
 from flashloom.attention.kernels.hopper import config as sizes
 from flashloom.attention.kernels.hopper.config import Config, width
 from flashloom.attention.kernels.triton import asked
+from flashloom.attention.kernels.triton.config import split
 from flashloom.attention.shape import HeadShape
 from flashloom.dataclass import dataclass
 from flashloom.kernel.source import Source
@@ -22,8 +23,16 @@ from flashloom.variant.expr import Expr, topological
 if TYPE_CHECKING:
     from flashloom.kernel.gluon import GluonKernel
 
-__all__ = ["Form", "attend_kernel", "boxes", "choose", "chunk_map", "plan_kernel", "suits", "unsuitable", "usual"]
+__all__ = [
+    "MARKS", "Form", "attend_kernel", "boxes", "choose", "chunk_map", "mend_kernel", "plan_kernel", "suits",
+    "unsuitable", "usual",
+]  # fmt: skip
 
+MARKS = 32  # bytes before the marks of rows (`consume.py`)
+MEND_STRIDES = (
+    "q_request", "q_token", "q_head_step", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "out_request",
+    "out_token", "out_head", "lse_request", "lse_token", "lse_head", "k_scale_head", "v_scale_head",
+)  # fmt: skip
 LONG = 2048  # query rows of a request
 SPECIAL = {"exp", "exp2", "log", "log2", "tanh", "sigmoid", "sqrt", "rsqrt", "erf", "sin", "cos", "div"}
 
@@ -170,6 +179,7 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     for name, n in (("k_strides", k_chunks), ("v_strides", v_chunks)):
         signature[name] = ("i64",) * 3 if by_rows else ("i32",) * 2 if n > 1 else ()
     signature["scales"] = ("*fp32", "*fp32", "i32", "i32") if dtype.itemsize == 1 else ()
+    signature["marks"] = "*i8"
     signature["values"] = asked.value_types(spec.program)
     constants = {
         "LOGITS": None if hooks.cap_factors or hooks.position_slope else hooks.logits_transform,
@@ -191,6 +201,34 @@ def attend_kernel(spec: AttentionSpec, form: Form, config: Config, page_size: in
     aligned = ("out", "items", "pages", "part_out", *(n for n in ("k_rows", "v_rows") if by_rows))
     source = Source("flashloom.attention.kernels.hopper.attend", "attend")
     return GluonKernel(source, signature, constants, aligned, target, 4, 1, about(spec, PREFILL, form="Hopper"))
+
+
+def mend_kernel(
+    spec: AttentionSpec, out_dtype: torch.dtype, config: Config, page_size: int, target: Target
+) -> TritonKernel:
+    """The kernel that computes rows once more that came out as NaN, where a mask may have hidden that NaN."""
+    from flashloom.lower import triton as lower
+
+    heads, hooks, dtype = spec.heads, lower.functions(spec.program), spec.q_dtype
+    (d0, d1), (v0, v1) = split(heads.dim), split(heads.value_dim)
+    signature: dict[str, Any] = {n: pointer(dtype) for n in ("q", "k", "v")}
+    signature |= {"out": pointer(out_dtype), **dict.fromkeys(("lse", "k_scale", "v_scale"), "*fp32")}
+    signature |= {"items": "*i32", "pages": "*i32", "marks": "*i8", "done": "*i32"}
+    signature |= dict.fromkeys(MEND_STRIDES, "i64") | {"sm_scale": "fp32", "flags": "i32"}
+    signature["values"] = asked.value_types(spec.program)
+    constants = {
+        "QUERY": hooks.query_transform, "QUERY_INDEX": hooks.query_index, "QUERY_LOADS": hooks.QUERY_LOADS,
+        "LOGITS": hooks.logits_transform, "MASK": hooks.logits_mask, "OUTPUT": hooks.output_transform,
+        "HEADS": heads.q_heads // config.pack, "PACK": config.pack, "GROUP": heads.group, "DIM": heads.dim,
+        "VALUE_DIM": heads.value_dim, "D0": d0, "D1": d1, "V0": v0, "V1": v1, "PAGE_SIZE": page_size,
+        "ROWS": config.block_m, "ROOM": 1 << (config.block_m - 1).bit_length(), "VEC": 16 // dtype.itemsize,
+        "VEC_OUT": 16 // out_dtype.itemsize, "SCALES": dtype.itemsize == 1,
+    }  # fmt: skip
+    source = Source(f"{asked.KERNELS}.mend", "mend")
+    aligned = ("q", "k", "v", "out", "items", "pages")
+    return TritonKernel(
+        source, signature, constants, aligned, target, 4, 1, about(spec, PREFILL, form="Hopper, rows once more")
+    )
 
 
 def plan_kernel(spec: AttentionSpec, config: Config, paged: bool, target: Target, cut: bool = False) -> TritonKernel:

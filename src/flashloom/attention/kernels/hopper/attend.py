@@ -17,7 +17,7 @@ from flashloom.attention.kernels.hopper.transpose import transposer
 @jit
 def attend(
     q, k, v, out_map, out, lse, k_rows, v_rows, items, pages, counter, part_out, part_lse, arrivals, q_jump, out_jump,
-    out_token, out_head, lse_token, lse_head, ragged, sm_scale, flags, k_strides, v_strides, scales, values,
+    out_token, out_head, lse_token, lse_head, ragged, sm_scale, flags, k_strides, v_strides, scales, marks, values,
     QUERY: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr, WHOLE: gl.constexpr, LOGITS: gl.constexpr,
     MASK: gl.constexpr, BOUNDS: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, SCAN: gl.constexpr,
     HEADS: gl.constexpr, PACK: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr, KEY_DIM: gl.constexpr,
@@ -37,8 +37,9 @@ def attend(
     before it end, 0 where tokens follow each other through the batch. items int32 [*, 16], pages int32, counter int32
     [3]: see `schedule`. CUT: a tile's keys may be cut into ranges (`split`), with part_out float32 [slots, HEADS,
     CONSUMERS, 64 * WIDTH], part_lse [.., 64] and arrivals int32 [slots, HEADS, CONSUMERS], zero before and after.
-    scales, of 8-bit elements: those of keys and of values, float32, and the steps between two heads. HEADS groups of
-    PACK query heads; DIM, WIDTH: widths of keys and values in shared memory, KEY_DIM and VALUE_DIM in memory.
+    scales, of 8-bit elements: those of keys and of values, float32, and the steps between two heads. marks int8, under
+    a mask: where rows that came out as NaN are told of. HEADS groups of PACK query heads; DIM, WIDTH: widths of keys
+    and values in shared memory, KEY_DIM and VALUE_DIM in memory.
     """
     dtype: gl.constexpr = q.dtype
     BITS: gl.constexpr = dtype.primitive_bitwidth
@@ -89,7 +90,7 @@ def attend(
     what = (
         out_map, out, lse, part_out, part_lse, arrivals, q_smem, k_smem, t_smem, o_smem, ring, ring_full, ring_empty,
         q_full, q_empty, k_full, k_empty, t_full, t_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale,
-        flags, scales, values,
+        flags, scales, values, marks,
     )  # fmt: skip
     gl.warp_specialize(
         [

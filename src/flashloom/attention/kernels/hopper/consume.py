@@ -49,6 +49,7 @@ from flashloom.attention.kernels.hopper.step import (
     keep_turns,
     leave,
     logits_of,
+    own_sums,
     packed,
     scale_of,
     shape_of_logits,
@@ -57,6 +58,8 @@ from flashloom.attention.kernels.hopper.step import (
     weights,
 )
 from flashloom.attention.kernels.hopper.transpose import column_of, in_order
+
+MARKS = gl.constexpr(32)  # bytes before the marks of rows: the first says whether there is a mark
 
 
 @jit
@@ -149,6 +152,20 @@ def store_lse(x, lse, row, last, q_start, head, lse_token, lse_head, PACK: gl.co
 
 
 @jit
+def mark_rows(x, marks, first, last, q_start, head, PACK: gl.constexpr, HEADS: gl.constexpr):
+    """Of x [64, *], packed rows `first` and on: mark those below `last` with a NaN (or infinities whose sum is one).
+    What a mask hides was multiplied by 0, which a NaN survives: `triton.mend` computes such rows once more."""
+    sums = own_sums(x)
+    row = first + gl.arange(0, 64, gl.SliceLayout(1, sum_layout()))
+    place = MARKS + (q_start + row // PACK).to(gl.int64) * (HEADS * PACK) + head * PACK + row % PACK
+    odd = (sums != sums) & (row < last)[:, None]
+    one = gl.full([64, 4], 1, gl.int8, sum_layout())
+    nowhere = gl.full([64, 4], 0, gl.int64, sum_layout())
+    gl.store(marks + (nowhere + place[:, None]), one, mask=odd)
+    gl.store(marks + nowhere, one, mask=odd)
+
+
+@jit
 def consumer(
     what, NUMBER: gl.constexpr, QUERY: gl.constexpr, LOGITS: gl.constexpr, CAP: gl.constexpr, SLOPE: gl.constexpr,
     MASK: gl.constexpr, OUTPUT: gl.constexpr, RAW: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -160,7 +177,7 @@ def consumer(
     (
         out_map, out, lse, part_out, part_lse, arrivals, q_smem, k_smem, v_smem, o_smem, ring, ring_full, ring_empty,
         q_full, q_empty, k_full, k_empty, v_full, v_empty, out_jump, out_token, out_head, lse_token, lse_head, sm_scale,
-        flags, scales, values,
+        flags, scales, values, marks,
     ) = what  # fmt: skip
     VEC: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     FP8: gl.constexpr = k_smem.dtype.primitive_bitwidth == 8
@@ -291,6 +308,8 @@ def consumer(
             state = gl.where(empty, float("-inf"), top + (gl.log2(whole) - RAISED))
             factor = gl.convert_layout(value_scale / whole, gl.SliceLayout(1, o_layout), assert_trivial=True)
             result = acc * factor[:, None]
+            if MASK is not None:
+                mark_rows(result, marks, first, last, q_start, head, PACK, HEADS)
             whole_rows = 1
             if CUT:  # conversions: of layouts, Triton takes lists and tuples of the same numbers for different ones
                 result = gl.convert_layout(result, o_layout, assert_trivial=True)
