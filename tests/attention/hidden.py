@@ -221,8 +221,10 @@ class Hidden:
                     x = (kk * q[first_q + i, h]).sum(1) * self.heads.dim**-0.5
                     if self.logits is not None:
                         x = self.logits(x, b, h, pos, seen)
-                    row = ((x.softmax(0) if softmax else x)[:, None] * vv).sum(0)
                     lse[first_q + i, h] = x.logsumexp(0)
+                    if softmax and lse[first_q + i, h] == -math.inf:
+                        continue  # by definition as a row without keys
+                    row = ((x.softmax(0) if softmax else x)[:, None] * vv).sum(0)
                     out[first_q + i, h] = row if self.wrap is None else self.wrap(row, lse[first_q + i, h])
             first_q, first_k = first_q + q_len, first_k + kv_len
         return out, lse
