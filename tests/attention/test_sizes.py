@@ -328,6 +328,35 @@ def test_flat_masks_have_a_segment_of_just_the_size_for_each_request(packed):
                 run_masked(make(torch.cat(parts)[:-1], ends), q, k, v, q_lens, kv_lens)
 
 
+def test_flat_masks_begin_in_their_memory():
+    q, k = torch.randn(2, 4, 8), torch.randn(3, 2, 8)
+    with pytest.raises(ValueError, match="begins a request at -3: offsets are 0 or more"):
+        run_masked(fl.custom_mask(torch.ones(6, dtype=torch.bool), [-3, 3]), q, k, k, [2], [3])
+    with pytest.raises(ValueError, match="begins a request at -1"):
+        run_masked(fl.packed_mask(torch.ones(1, dtype=torch.uint8), [-1, 0]), q, k, k, [2], [3])
+    with pytest.raises(ValueError, match=r"shape \(2, 3\): with indptr it is flat"):
+        fl.custom_mask(torch.ones(2, 3, dtype=torch.bool), [0, 6])
+
+
+@pytest.mark.parametrize("kind", [fl.PerHead, fl.PerKVHead, torch.Tensor])
+def test_a_number_outside_a_field_is_refused(kind):
+    size = {fl.PerHead: 4, fl.PerKVHead: 2}.get(kind, 3)
+    q, k = torch.randn(2, 4, 8), torch.randn(3, 2, 8)
+    table = torch.randn(size)
+    for index in range(-size - 2, size + 2):
+
+        def add(self, logits, at):
+            return logits * self.table[index]  # noqa: B023
+
+        Add = type("Add", (fl.Variant,), {"__annotations__": {"table": kind}, "logits_transform": add})
+        if -size <= index < size:
+            want = fl.attention(q, k, k, sm_scale=float(table[index] / 8**0.5))
+            torch.testing.assert_close(fl.attention(q, k, k, variant=Add(table=table)), want)
+        else:
+            with pytest.raises(fl.TraceError, match=rf"'table' of shape \({size},\) is indexed with {index}"):
+                fl.attention(q, k, k, variant=Add(table=table))
+
+
 def test_a_mask_among_other_parts_is_checked_too():
     mask = torch.ones(5, 6, dtype=torch.bool)
     variant = fl.causal & fl.custom_mask(mask) & fl.softcap(5.0)

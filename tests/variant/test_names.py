@@ -247,6 +247,41 @@ def test_hooks_of_other_classes() -> None:
     assert define(bases=(Mask, v.Variant), logits_transform=scaled)().program.mask is not None
 
 
+def test_a_base_may_hold_more_helpers_than_each_heir_uses() -> None:
+    """And a constant may be one that a constructor alone reads."""
+
+    class Distances(v.Variant):
+        def ahead(self, at):
+            return at.kv_pos - at.q_pos
+
+        def far(self, at):
+            return self.ahead(at) < -8
+
+    class Causal(Distances):
+        def logits_mask(self, at):
+            return self.ahead(at) <= 0
+
+    assert Causal().program == define(logits_mask=lambda self, at: at.kv_pos - at.q_pos <= 0)().program
+
+    class Window(v.Variant):
+        width: int
+        WIDTH = 128
+
+        @classmethod
+        def usual(cls):
+            return cls(width=cls.WIDTH)
+
+        def logits_mask(self, at):
+            return at.kv_pos > at.q_pos - self.width
+
+    assert Window.usual().values == (128,)
+    with pytest.raises(TypeError, match="score_mod is no hook, and no hook calls it"):
+        _ = define(bases=(define(score_mod=scaled),), logits_mask=nothing)().program
+    hidden = define(limit=lambda self, at: at.kv_pos < 4, logits_mask=nothing)
+    with pytest.raises(TypeError, match="limit is no hook"):  # its class has a hook, which does not call it
+        _ = define(bases=(hidden,), logits_transform=scaled)().program
+
+
 def test_names_of_every_variant_are_taken() -> None:
     for name in ("program", "values", "explain"):
         with pytest.raises(TypeError, match=f"{name} hides"):
@@ -419,6 +454,14 @@ def test_numpy_in_the_built_in_variants() -> None:
     assert v.rope(n(64)).program == v.rope(64).program
     assert v.length_temperature(n(100)) == v.length_temperature(100)
     assert torch.equal(v.alibi(numpy.ones(4, dtype=numpy.float32)).values[0], torch.ones(4))
+    assert v.sliding_window(tokens=n(4)) == v.sliding_window(3)
+    for numbers in ([0, 0, 1], (0, 0, 1), numpy.array([0, 0, 1])):
+        assert v.document_mask(numbers).values[0].tolist() == [0, 0, 1]
+        assert v.prefix_lm(numbers).values[0].tolist() == [0, 0, 1]
+    for make in (v.document_mask, v.prefix_lm):
+        for wrong in ([0.0, 1.5], [True, False], torch.ones(2), numpy.ones(2), "ab", None):
+            with pytest.raises(TypeError, match=r"integers|makes no tensor"):
+                make(wrong)
     for wrong in (True, 2.5, n(-1), "3"):
         with pytest.raises(ValueError, match="width"):
             v.sliding_window(wrong)

@@ -53,7 +53,7 @@ def sliding_window(left: int | None = _NOTHING, right: int | None = None, *, tok
     2020). None leaves that side open. A model's window of W tokens, the query's own included, is `tokens=W`, which is
     left = W - 1. Raises ValueError for a negative width, or for tokens below 1 or beside left."""
     if tokens is not None:
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        if isinstance(tokens, bool) or not isinstance(tokens, Integral) or tokens < 1:
             raise ValueError(f"sliding_window(tokens={tokens!r}): a window holds 1 token or more, the query's own")
         if left is not _NOTHING:
             raise ValueError(f"sliding_window(left={left!r}, tokens={tokens}): give one of them; left is tokens - 1")
@@ -211,6 +211,16 @@ def sink(sinks: torch.Tensor) -> Variant:
     return Sink(sinks=sinks)
 
 
+def _integers(name: str, values: Any, rule: str) -> torch.Tensor:
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {type(values).__name__}, which makes no tensor ({error})") from None
+    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise TypeError(f"{name} has dtype {found.dtype}: {rule}")
+    return found
+
+
 class DocumentMask(Variant):
     documents: PerKeyToken
 
@@ -221,9 +231,7 @@ class DocumentMask(Variant):
 def document_mask(documents: torch.Tensor) -> Variant:
     """Tokens attend within their own document. `documents` is an integer tensor [key tokens of the batch]: the document
     of every token, queries included (self-attention). Compose with `causal` for packed training-style sequences."""
-    if documents.is_floating_point():
-        raise TypeError(f"documents has dtype {documents.dtype}: document numbers are integers")
-    return DocumentMask(documents=documents)
+    return DocumentMask(documents=_integers("documents", documents, "document numbers are integers"))
 
 
 class PrefixLM(Variant):
@@ -236,7 +244,7 @@ class PrefixLM(Variant):
 def prefix_lm(prefix_lens: torch.Tensor) -> Variant:
     """Causal, but the first prefix_lens[request] keys are seen by all (Raffel et al. 2020). `prefix_lens` is an integer
     tensor [requests]."""
-    return PrefixLM(prefix_lens=prefix_lens)
+    return PrefixLM(prefix_lens=_integers("prefix_lens", prefix_lens, "lengths are integers"))
 
 
 class DenseMask(Variant):
@@ -320,6 +328,9 @@ def _check_segments(name: str, unit: str, mask: Any, have: int, batch: Any, each
             f"{name}: request {at} has {int(listed[at])} {unit} by indptr, but {int(q_lens[at])} queries of "
             f"{int(kv_lens[at])} keys need {int(need[at])}: give each request's [q_len, kv_len] mask in row-major order"
         )
+    begin = int(starts[: listed.numel()].min()) if listed.numel() else 0
+    if begin < 0:
+        raise ValueError(f"{name}: indptr begins a request at {begin}: offsets are 0 or more")
     end = int(ends[: listed.numel()].max()) if listed.numel() else 0
     if have < end:
         raise ValueError(f"{name} has {have} {unit} but indptr ends at {end}: give all of them")
@@ -356,6 +367,8 @@ def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Varia
             "logits_transform"
         )
     if indptr is not None:
+        if mask.dim() != 1:
+            raise ValueError(f"custom_mask has shape {tuple(mask.shape)}: with indptr it is flat, of one dimension")
         return _flat(RaggedMask, indptr, mask=mask)
     if mask.dim() not in (2, 3, 4):
         raise ValueError(

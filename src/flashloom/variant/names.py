@@ -92,7 +92,9 @@ def check_read(cls: type, base: type, used: Iterable[str]) -> None:
                     f"{title}.{name} is a field that no hook reads, so its value changes nothing: read self.{name} in "
                     f"a hook ({', '.join(HOOK_ARGUMENTS)}), or leave the field out"
                 )
+        read |= _names_elsewhere(cls, base)
         lost = [(k, n) for k, n in lost if n not in read and n not in cls._kinds]  # type: ignore[attr-defined]
+        lost = [(k, n) for k, n in lost if not _is_helper(cls, k, n)]
     for owner, name in lost:
         meant = _FLEX.get(name)
         if _is_method(vars(owner)[name]):
@@ -148,6 +150,25 @@ def _attributes(cls: type) -> Iterator[str]:
 
 def _is_method(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, staticmethod, functools.partialmethod)) or callable(value)
+
+
+def _is_helper(cls: type, owner: type, name: str) -> bool:
+    """Whether a name is one of those that a base without a hook holds ready for its subclasses, of which each need not
+    use all."""
+    if owner is cls or HOOK_ARGUMENTS.keys() & vars(owner).keys():
+        return False
+    return name not in _FLEX and not near(name, (*HOOK_ARGUMENTS, "softmax"))
+
+
+def _names_elsewhere(cls: type, base: type) -> set[str]:
+    """Every attribute that members of another use than hooks read: constructors, properties, special methods."""
+    names: set[str] = set()
+    for owner in _classes(cls, base):
+        for name, value in vars(owner).items():
+            if name.startswith("_") or not (isinstance(value, types.FunctionType) or name in HOOK_ARGUMENTS):
+                for function in _functions(value):
+                    names |= set(_attributes_of(function.__code__))
+    return names
 
 
 def _classes(cls: type, base: type) -> list[type]:

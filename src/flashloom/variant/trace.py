@@ -444,8 +444,6 @@ _POSITIONS = {
     "head": ("head", "q_head"), "kv_head": ("key/value head", "kv_head"), "request": ("request", "batch"),
     "key": ("key token", "kv_pos", "q_pos"),
 }  # fmt: skip
-
-
 _PER_BATCH = {"request": "requests", "query": "query tokens", "key": "key tokens"}
 
 
@@ -456,8 +454,11 @@ def _bare(index: Expr) -> Expr:
     return index
 
 
-def _check_position(p: Param, indices: tuple[Expr, ...]) -> None:
-    """A position of another kind than the field's would be clamped into it, and mean nothing."""
+def _check_position(p: Param, indices: tuple[Expr, ...], shape: tuple[int, ...]) -> None:
+    """A position of another kind than the field's, or a number beyond it, would be clamped and mean nothing."""
+    for i, size in zip(indices, () if p.kind in {*_PER_BATCH, "bits"} else shape):
+        if i.op == "const" and size and not -size <= i.attr < size:
+            raise TraceError(f"the field {p.name!r} of shape {tuple(shape)} is indexed with {i.attr}: that is outside")
     if p.kind in _POSITIONS:
         what, *names = _POSITIONS[p.kind]
         index = _bare(indices[0])
@@ -489,7 +490,7 @@ class Field:
         for i in indices:
             if i.dtype not in INT_BOUNDS:
                 raise TraceError(f"the field {p.name!r} is indexed with a {i.dtype}: use integers such as at.q_head")
-        _check_position(p, indices)
+        _check_position(p, indices, self._shape)
         return Symbol(make("load", p.traced_dtype, tuple(self._place(i) for i in indices), p))
 
     def _place(self, index: Expr) -> Expr:
