@@ -229,6 +229,7 @@ def test_explain_takes_what_users_have_in_files(call, tmp_path):
         ("\n\nraise RuntimeError('boom')", "line 3: RuntimeError: boom"),
         ("raise SystemExit(3)", "line 1: SystemExit: 3"),
         ("1 / 0", "line 1: ZeroDivisionError"),
+        ("x = 1\0", "null bytes"),
     ],
 )
 def test_a_users_file_that_fails_is_named_with_its_line(call, tmp_path, text, said):

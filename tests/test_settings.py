@@ -60,7 +60,7 @@ def test_every_field_has_a_variable():
         ("CACHE_SIZE", "big", "give bytes"),
         ("SEALED", "maybe", "give 1 or 0"),
         ("JOBS", "0", "above 0"),
-        ("JOBS", "two", "invalid literal"),
+        ("JOBS", "two", "give a whole number above 0"),
         ("WAIT", "-1", "above 0"),
         ("LOG", "loud", "give debug, info"),
     ],
@@ -119,3 +119,9 @@ def _environment():
 
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FLASHLOOM_")}
     return kept | {"PYTHONPATH": str(Path(settings.__file__).parents[1])}
+
+
+@pytest.mark.parametrize(("name", "rule"), [("jobs", "a whole number above 0"), ("wait", "a number above 0")])
+def test_what_is_no_number_says_what_is_asked(name, rule):
+    with pytest.raises(ValueError, match=f"{name}='many' cannot be read: give {rule}"):
+        settings.configure(**{name: "many"})

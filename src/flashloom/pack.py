@@ -33,9 +33,18 @@ def prepare(attention: Attention | Sequence[Attention], batches: Iterable[Batch]
     many as CPUs and memory allow. Raises what `plan` raises, and ValueError on a machine with a GPU for an Attention
     without a device and a batch on the host, which do not say where.
     """
-    attentions = [attention] if isinstance(attention, Attention) else list(attention)
-    if isinstance(batches, Batch):
-        raise TypeError("batches is one Batch: give a list of them, as in fl.prepare(attention, [batch])")
+    attentions: Sequence[Attention] = attention if isinstance(attention, Sequence) else [attention]
+    for each in attentions:
+        if not isinstance(each, Attention):
+            raise TypeError(f"{type(each).__name__} cannot be prepared: give an fl.Attention, or a list of them")
+    if isinstance(batches, Batch) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is one {type(batches).__name__}: give a list of them, as in fl.prepare(attention, [batch])"
+        )
+    batches = list(batches)
+    for batch in batches:
+        if not isinstance(batch, Batch):
+            raise TypeError(f"batches holds {type(batch).__name__}: give fl.Batch objects")
     asked = [(one, batch) for batch in batches for one in attentions]
     for one, batch in asked:
         if batch.host:

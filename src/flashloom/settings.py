@@ -126,7 +126,12 @@ def parse_bytes(text: str) -> int:
 
 def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            if kind is parse_bytes:
+                raise
+            raise ValueError(f"give a {'whole ' if kind is int else ''}number above 0") from None
         if not value > 0:
             raise ValueError("give a number above 0")
         return value

@@ -569,6 +569,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     if options.command == "fuzz":
+        for name in ("cases", "kernels"):
+            if getattr(options, name) < 1:
+                parser.error(f"--{name} {getattr(options, name)}: give 1 or more")
+    if options.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch finds no GPU here; leave --device out")
+    if options.command == "fuzz":
         options.jobs = options.jobs or (min(os.cpu_count() or 1, 14) if options.device != "cpu" else 1)
         if options.jobs > 1 and not options.share:
             return int(_in_processes(arguments, options) > 0)

@@ -113,3 +113,20 @@ def test_what_float32_does_to_angles_is_no_error(monkeypatch):
     monkeypatch.setattr(ReferenceExecutor, "run", off)
     with pytest.raises(AssertionError, match="should be"):
         testing.check_case(case, "reference")
+
+
+@pytest.mark.parametrize("more", [["--cases", "0"], ["--cases", "-3"], ["--kernels", "0"]])
+def test_no_cases_are_no_success(more, capsys):
+    with pytest.raises(SystemExit) as ended:
+        testing.main(["fuzz", *more])
+    assert ended.value.code == 2
+    assert "give 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [["fuzz", "--cases", "1"], ["case", "0", "0"]])
+def test_a_gpu_that_is_not_there_is_said(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        testing.main([*command, "--device", "cuda"])
+    assert ended.value.code == 2
+    assert "torch finds no GPU" in capsys.readouterr().err

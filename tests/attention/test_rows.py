@@ -112,6 +112,12 @@ def test_an_attention_is_planned_not_called():
         attn(torch.randn(1, 4, 8))
     with pytest.raises(TypeError, match=r"give a list"):
         fl.prepare(attn, fl.Batch([1], kv=fl.RaggedKV([1])))
+    with pytest.raises(TypeError, match=r"batches is one Batch: give a list"):
+        fl.tune(attn, fl.Batch([1], kv=fl.RaggedKV([1])), budget="1s")
+    with pytest.raises(TypeError, match=r"batches holds int: give fl.Batch"):
+        fl.prepare(attn, [1])
+    with pytest.raises(TypeError, match=r"Plan cannot be prepared: give an fl.Attention"):
+        fl.prepare(prepared()[0], [])
     same = copy.copy(attn)
     assert (same.heads, same.variant, same.device) == (attn.heads, attn.variant, attn.device)
 
@@ -165,3 +171,21 @@ def test_numbers_of_numpy_are_numbers():
         fl.HeadShape(True, 1, 8)
     with pytest.raises(TypeError, match=r"dim=8\.0"):
         fl.HeadShape(4, 2, 8.0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_out_whose_rows_are_one_is_refused(axis):
+    q, k = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
+    whole = torch.zeros(6, 4, 8)
+    out = whole.narrow(axis, 0, 1).expand(6, 4, 8)
+    with pytest.raises(ValueError, match=r"out has strides .*stride 0.*give out memory for each"):
+        fl.attention(q, k, k, out=out)
+    plan = fl.Attention(fl.HeadShape(4, 2, 8), dtype=torch.float32).plan(fl.Batch([6], kv=fl.RaggedKV([6])))
+    lse = torch.zeros(1, 4).expand(6, 4) if axis == 0 else torch.zeros(6, 1).expand(6, 4)
+    for given, name in (({"out": out}, "out"), ({"lse": lse}, "lse")):
+        with pytest.raises(ValueError, match=f"{name} has strides"):
+            plan.run(q, (k, k), return_lse=True, **given)
+    assert not whole.any()
+    assert not lse.any()
+    one = torch.zeros(1, 1, 8).expand(1, 1, 8).as_strided((1, 1, 8), (0, 0, 1))  # a stride of one row is no matter
+    assert torch.equal(fl.attention(q[:1, :1], k[:1, :1], k[:1, :1], out=one), k[:1, :1])

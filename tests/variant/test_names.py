@@ -361,6 +361,7 @@ def initialised(self, w):
         (lambda: Top(w=3)(), "leave out the ()"),
         (lambda: v.causal & Top, r"make an instance: Top\(w=..., cap=...\)"),
         (lambda: Top & v.causal, r"make an instance: Top\(w=..., cap=...\)"),
+        (lambda: torch.ones(2).bool() & v.causal, r"\.\.\. & Causal\(\): Tensor: give a Variant"),
         (lambda: v.causal & (lambda b, h, i, j: i >= j), "from_flex"),
         (lambda: (lambda b, h, i, j: i >= j) & v.causal, "from_flex"),
         (lambda: v.causal & torch.ones(3), "Tensor: give a Variant"),

@@ -130,6 +130,11 @@ def apart(out: torch.Tensor | None, lse: torch.Tensor | None, q: torch.Tensor, k
     read = (("q", q), ("k", kv.k), ("v", kv.v))
     for name, x, others in (("out", out, read), ("lse", lse, read if out is None else (*read, ("out", out)))):
         if x is not None:
+            if 0 in x.stride() and any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride())):
+                raise ValueError(
+                    f"{name} has strides {x.stride()}: an axis of stride 0, as expand() makes, holds several rows in "
+                    f"one place; give {name} memory for each, or leave it out"
+                )
             memory = x.untyped_storage().data_ptr()
             for other, y in others:
                 if y.untyped_storage().data_ptr() == memory and overlap(x, y):

@@ -29,7 +29,8 @@ def sentence(error: BaseException) -> str:
 def in_file(error: BaseException, path: Path) -> str:
     """An exception that a user's file raised, with the file's line."""
     if isinstance(error, SyntaxError):
-        return f"{error.filename or path}, line {error.lineno}: {error.msg}"
+        at = f", line {error.lineno}" if error.lineno else ""
+        return f"{error.filename or path}{at}: {error.msg}"
     own = path.resolve()
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == own]
     at = f", line {lines[-1]}" if lines else ""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flashloom import records, store
-from flashloom.attention import Attention, Reserve
+from flashloom.attention import Attention, Batch, Reserve
 from flashloom.bench.machine import cpu_name
 from flashloom.records import Folder, Question, Record, Scope, Tried
 from flashloom.tune.attention import AttentionOperator, NothingToTune, batch_of
@@ -141,6 +141,8 @@ def tune(
 def jobs_of(target: Any, batches: Iterable[Any], reserve: Reserve | None = None) -> list[Job]:
     """Keys in the order of their first case."""
     targets = list(target) if isinstance(target, (list, tuple)) else [target]
+    if isinstance(batches, (Batch, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is one {type(batches).__name__}: give a list of them, as in fl.tune(attn, [batch])")
     cases = list(batches)
     jobs: dict[tuple[Question, tuple[int, ...]], Job] = {}
     for one in targets:

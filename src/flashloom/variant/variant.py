@@ -139,7 +139,7 @@ class Variant:
         return Composed(parts) if len(parts) > 1 else other if other._parts() else self
 
     def __rand__(self, other: object) -> NoReturn:
-        raise TypeError(f"{advice(other)} & {self}")
+        raise TypeError(f"... & {self}: {advice(other)}")
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{self} is an instance of a variant already: leave out the ()")
