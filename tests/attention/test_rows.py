@@ -189,3 +189,23 @@ def test_an_out_whose_rows_are_one_is_refused(axis):
     assert not lse.any()
     one = torch.zeros(1, 1, 8).expand(1, 1, 8).as_strided((1, 1, 8), (0, 0, 1))  # a stride of one row is no matter
     assert torch.equal(fl.attention(q[:1, :1], k[:1, :1], k[:1, :1], out=one), k[:1, :1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "said"),
+    [
+        (2, IndexError, "the cache has 2 layers"),
+        ("k", TypeError, "give a layer's number, 0 to 1"),
+        (0.0, TypeError, "0.0"),
+    ],
+)
+def test_a_layer_that_is_none(layer, error, said):
+    with pytest.raises(error, match=rf"cache\[.*\]: .*{said}|cache\[{said}\]"):
+        fl.PagedKVCache(2, 6, 4, HEADS, torch.float32, "cpu")[layer]
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is such a device")
+def test_a_device_that_is_none_is_said_in_a_line():
+    with pytest.raises(ValueError, match=r"device='mps' is not to be had here") as refusal:
+        fl.Attention(HEADS, variant=fl.causal, dtype=torch.float32, device="mps")
+    assert len(str(refusal.value)) < 250

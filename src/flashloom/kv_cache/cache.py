@@ -89,7 +89,7 @@ def place(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         have = "cpu and cuda" if torch.cuda.is_available() else "the cpu alone"
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"device={str(device)!r} is not to be had here, torch reaches {have} ({reason})") from None
 
 
@@ -210,6 +210,8 @@ class PagedKVCache:
             return self._kv[layer]
         except IndexError:
             raise IndexError(f"cache[{layer}]: the cache has {self.layers} layers, numbered from 0") from None
+        except TypeError:
+            raise TypeError(f"cache[{layer!r}]: give a layer's number, 0 to {self.layers - 1}") from None
 
     def __len__(self) -> int:
         return self.layers
