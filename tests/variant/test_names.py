@@ -471,6 +471,33 @@ def test_numpy_in_the_built_in_variants() -> None:
             v.alibi(wrong)
 
 
+@pytest.mark.parametrize("make", [v.softcap, v.sigmoid, v.length_temperature])
+def test_numbers_of_the_built_in_variants(make) -> None:
+    for wrong in ("7", None, [7.0], torch.ones(2)):
+        with pytest.raises(TypeError, match=rf"{make.__name__}\(.*\): give a number"):
+            make(wrong)
+    for right in (7, 7.0, numpy.float32(7), numpy.int64(7), torch.tensor(7.0)):
+        assert make(right) == make(7)
+
+
+def test_what_makes_no_tensor_is_named() -> None:
+    ragged = [[1], [1, 2]]
+    for name, make in {
+        "custom_mask": lambda: v.custom_mask(ragged),
+        "packed_mask": lambda: v.packed_mask(ragged, [0, 1]),
+        "indptr": lambda: v.packed_mask(torch.zeros(1, dtype=torch.uint8), None),
+        "inv_freq": lambda: v.rope(8, inv_freq=ragged),
+    }.items():
+        with pytest.raises(TypeError, match=rf"{name} is \w+, which makes no tensor"):
+            make()
+    assert v.rope(4, inv_freq=[1.0, 0.5]).program == v.rope(4).program
+    with pytest.raises(TypeError, match="give a number"):
+        v.rope("8")
+    for wrong in (7, 0, 8.5):
+        with pytest.raises(ValueError, match=r"rotary dim .*: it must be even and positive"):
+            v.rope(wrong)
+
+
 def test_a_kernel_has_no_name_of_class_or_field_in_it() -> None:
     from flashloom.attention.cpu import source
     from flashloom.attention.executor import AttentionSpec

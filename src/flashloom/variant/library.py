@@ -72,6 +72,22 @@ def sliding_window(left: int | None = _NOTHING, right: int | None = None, *, tok
     return full if not sides else sides[0] if len(sides) == 1 else sides[0] & sides[1]
 
 
+def _number(call: str, value: Any) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{call}({value!r}): give a number")
+
+
+def _tensor(name: str, values: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {type(values).__name__}, which makes no tensor ({error})") from None
+
+
 class SoftCap(Variant):
     cap: float
 
@@ -81,9 +97,10 @@ class SoftCap(Variant):
 
 def softcap(cap: float) -> Variant:
     """Bound the logits smoothly: cap * tanh(logits / cap) (Gemma 2, Grok). Raises ValueError unless cap > 0."""
-    if not cap > 0 or math.isinf(cap):
+    number = _number("softcap", cap)
+    if not number > 0 or math.isinf(number):
         raise ValueError(f"softcap({cap!r}): the cap must be a finite number above 0")
-    return SoftCap(cap=float(cap))
+    return SoftCap(cap=number)
 
 
 class Alibi(Variant):
@@ -150,8 +167,8 @@ def rope_frequencies(
     configuration's mapping with rope_type "default", "linear" (factor) or "llama3" (factor, low_freq_factor,
     high_freq_factor, original_max_position_embeddings).
     """
-    if rotary_dim <= 0 or rotary_dim % 2:
-        raise ValueError(f"rotary dim {rotary_dim}: it must be even and positive")
+    if not _number("rope", rotary_dim) > 0 or rotary_dim % 2:
+        raise ValueError(f"rotary dim {rotary_dim!r}: it must be even and positive")
     inv_freq = theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     options: dict[str, Any] = (
         {"rope_type": "linear", "factor": scaling} if isinstance(scaling, (int, float)) else dict(scaling or {})
@@ -184,7 +201,7 @@ def rope(
     rotates element i with i + dim / 2 as llama does, True rotates 2i with 2i + 1. `scaling` as for `rope_frequencies`;
     `inv_freq` [dim / 2] replaces theta and scaling.
     """
-    table = rope_frequencies(dim, theta, scaling) if inv_freq is None else inv_freq
+    table = rope_frequencies(dim, theta, scaling) if inv_freq is None else _tensor("inv_freq", inv_freq)
     if table.dim() != 1 or table.numel() * 2 != dim:
         raise ValueError(
             f"inv_freq has shape {tuple(table.shape)}: for {dim} rotated elements it must be ({dim // 2},)"
@@ -212,10 +229,7 @@ def sink(sinks: torch.Tensor) -> Variant:
 
 
 def _integers(name: str, values: Any, rule: str) -> torch.Tensor:
-    try:
-        found = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} is {type(values).__name__}, which makes no tensor ({error})") from None
+    found = _tensor(name, values)
     if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         raise TypeError(f"{name} has dtype {found.dtype}: {rule}")
     return found
@@ -337,7 +351,7 @@ def _check_segments(name: str, unit: str, mask: Any, have: int, batch: Any, each
 
 
 def _starts(indptr: torch.Tensor | Sequence[int]) -> torch.Tensor:
-    indptr = torch.as_tensor(indptr)
+    indptr = _tensor("indptr", indptr)
     if indptr.dim() != 1 or indptr.numel() < 1 or indptr.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"indptr is {indptr.dtype} {tuple(indptr.shape)}: give int32 or int64 [requests + 1]")
     return indptr
@@ -360,7 +374,7 @@ def custom_mask(mask: torch.Tensor, indptr: torch.Tensor | None = None) -> Varia
     size: cut a larger mask with mask[..., :q, :kv]. Lengths on a device are not read, and the mask's q and kv then not
     compared.
     """
-    mask = torch.as_tensor(mask)
+    mask = _tensor("custom_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(
             f"custom_mask has dtype {mask.dtype}: give bool (True keeps the key); for additive scores write a "
@@ -387,7 +401,7 @@ def packed_mask(bits: torch.Tensor, indptr: torch.Tensor) -> Variant:
     """A bool mask packed 8 to a byte, little bit order, uint8. Request b's [q_len, kv_len] mask in row-major order lies
     at bytes indptr[b]:indptr[b + 1], the last byte filled up. Sizes are compared with the batch as those of
     `custom_mask` are."""
-    return _flat(PackedMask, indptr, bits=torch.as_tensor(bits))
+    return _flat(PackedMask, indptr, bits=_tensor("packed_mask", bits))
 
 
 class LengthTemperature(Variant):
@@ -401,7 +415,7 @@ class LengthTemperature(Variant):
 def length_temperature(train_length: int) -> Variant:
     """Sharpen attention beyond the trained length: logits * max(1, log(q_pos + 1) / log(train_length)) (Su 2021, log-n
     scaling)."""
-    if train_length < 2:
+    if not _number("length_temperature", train_length) >= 2:
         raise ValueError(f"length_temperature({train_length}): the trained length must be at least 2 tokens")
     return LengthTemperature(inv_log_length=1 / math.log(train_length))
 
@@ -416,4 +430,4 @@ class Sigmoid(Variant):
 
 def sigmoid(bias: float = 0.0) -> Variant:
     """Sigmoid attention: the weights are sigmoid(logits + bias), without normalisation (Ramapuram et al. 2024)."""
-    return Sigmoid(bias=float(bias))
+    return Sigmoid(bias=_number("sigmoid", bias))
