@@ -19,7 +19,7 @@ LAYERS = [
     {"kernel"},
     {"attention", "kv_cache", "dispatch"},
     {"tune", "bench", "monitor", "pack", "serving"},
-    {"integrations", "compat", "cli", "commands", "testing", "demo", "__main__"},
+    {"integrations", "compat", "cli", "commands", "testing", "demo", "__main__", "_public"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ALLOWED = {("variant/variant.py", "lower")}  # Variant.explain() shows what the lowerings write

@@ -78,3 +78,18 @@ def test_the_source_archive_holds_all_that_tests_need(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= {f"src/{name}" for name in SOURCES}
     assert names >= {"pyproject.toml", "constraints.txt", "LICENSE", "Makefile", "tests/test_package.py"}
+
+
+def test_type_checkers_see_the_public_names(tmp_path, monkeypatch):
+    mypy = pytest.importorskip("mypy.api")
+    (tmp_path / "user.py").write_text(
+        "from typing import Any, Callable\nimport torch, flashloom as fl\n\nq = torch.ones(1)\n"
+        "out: torch.Tensor = fl.attention(q, q, q, causal=True)\n"
+        "calls: list[Callable[..., Any]] = [fl.append, fl.bench, fl.monitor, fl.tune]\n"
+        "fl.attention(q, q, q, causal='yes')\n"
+    )
+    found, errors, _ = mypy.run(
+        ["--config-file=", "--no-incremental", "--follow-imports=silent", str(tmp_path / "user.py")]
+    )
+    assert not errors
+    assert [line.split(": ")[0].rpartition(":")[2] for line in found.splitlines() if ": error" in line] == ["7"], found

@@ -12,43 +12,61 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # mypy takes fl.attention, fl.bench and fl.append for the modules of these names
-    from flashloom.attention import Attention, Batch, BlockSparseKV, HeadShape, Plan, Reserve, attention, merge  # type: ignore[no-redef]
-    from flashloom.bench import Workload, bench, workloads  # type: ignore[no-redef]
-    from flashloom.errors import FlashloomError
-    from flashloom.kv_cache import DenseKV, PagedKVCache, PageTable, RaggedKV, append  # type: ignore[no-redef]
-    from flashloom.monitor import Monitor, monitor
-    from flashloom.pack import Pack, prepare
-    from flashloom.settings import configure
-    from flashloom.store import SealedError, seal, use
-    from flashloom.target import Target
-    from flashloom.tune import autotune, tune, tune_cache_path
-    from flashloom.variant import (
+    from flashloom._public import (
+        Attention,
+        Batch,
         Bits,
+        BlockSparseKV,
+        DenseKV,
+        FlashloomError,
+        HeadShape,
+        Monitor,
+        Pack,
+        PagedKVCache,
+        PageTable,
         PerHead,
         PerKeyToken,
         PerKVHead,
         PerQueryToken,
         PerRequest,
+        Plan,
+        RaggedKV,
+        Reserve,
         Scalar,
+        SealedError,
+        Target,
         TraceError,
         Variant,
+        Workload,
         alibi,
         alibi_slopes,
+        append,
+        attention,
+        autotune,
+        bench,
         causal,
+        configure,
         custom_mask,
         document_mask,
         from_flex,
         full,
         length_temperature,
+        merge,
+        monitor,
         packed_mask,
         prefix_lm,
+        prepare,
         rope,
         rope_frequencies,
+        seal,
         sigmoid,
         sink,
         sliding_window,
         softcap,
+        tune,
+        tune_cache_path,
+        use,
+        workloads,
     )  # fmt: skip
 
 # module -> the public names that live there

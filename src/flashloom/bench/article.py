@@ -57,7 +57,7 @@ class Article:
         variant = fl.causal if self.causal else fl.full
         before = store.counters().build_seconds
         calls: dict[str, Callable[[], Tensor]] = {
-            OWN: lambda: fl.attention(q, k, v, variant=variant),  # type: ignore[operator]
+            OWN: lambda: fl.attention(q, k, v, variant=variant),
             "naive": lambda: naive(q, k, v, self.causal),
             "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=self.causal),
         }

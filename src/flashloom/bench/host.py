@@ -63,7 +63,7 @@ def overhead_rows(rounds: int) -> list[Row]:
         f"plan of {requests} requests": lambda: attention.plan(many),
         f"update of {requests} requests": lambda: large.update(many),
         f"Batch.decode of {requests} requests": lambda: _decode_batch(requests),
-        "append of one token": lambda: fl.append(kv, k, k, slots),  # type: ignore[operator]
+        "append of one token": lambda: fl.append(kv, k, k, slots),
     }
     times = interleave(calls, rounds=rounds, sample_time=5e-3)
     return [Row("overhead", name, "bf16", {OWN: timing}) for name, timing in times.items()]

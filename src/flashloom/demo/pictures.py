@@ -27,7 +27,7 @@ def weights(variant: fl.Variant, tokens: int = SIZE, *, random: bool = False) ->
         q = k = torch.nn.functional.normalize(steps.cumsum(0), dim=1)[:, None] * DIM**0.5
     else:
         q = k = torch.zeros(tokens, 1, DIM)
-    return fl.attention(q, k, torch.eye(tokens)[:, None], variant=variant)[:, 0]  # type: ignore[operator]
+    return fl.attention(q, k, torch.eye(tokens)[:, None], variant=variant)[:, 0]
 
 
 def examples() -> dict[str, tuple[fl.Variant, bool]]:

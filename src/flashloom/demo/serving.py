@@ -120,7 +120,7 @@ class Engine:
         slots, plan = batch.slots(), self.plan
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            fl.append(self.cache[layer], k, v, slots)  # type: ignore[operator]
+            fl.append(self.cache[layer], k, v, slots)
             return plan.run(q, self.cache[layer])
 
         best = self.decoder.logits(tokens, positions, rows, attend).argmax(-1).tolist()
