@@ -181,8 +181,7 @@ class HopperExecutor(TritonExecutor):
         self._sizes = sizes
         self._error, self.repeat = self._buffers.error_words, None
         self._counter = torch.zeros(3, dtype=torch.int32, device=self.device)
-        rows = tokens * self.spec.heads.q_heads if self._masked else 0
-        self._marks = torch.zeros(asked.MARKS + rows, dtype=torch.int8, device=self.device)
+        self._marks = torch.zeros(32, dtype=torch.int8, device=self.device)  # the first says that a NaN was met
         self._mended = self._marks[16:20].view(torch.int32)  # programs that have looked
         self.workspace_size = self._buffers.bytes + self._marks.numel()
         place = {name: view.data_ptr() for name, view in self._buffers.views.items()}

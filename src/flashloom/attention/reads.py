@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flashloom.attention.linear import RISING, Step, linear
-from flashloom.attention.pairs import check_pairs, pair_reads
 from flashloom.dataclass import dataclass
 from flashloom.variant.expr import Expr, Program, topological
 
@@ -75,6 +73,8 @@ def reads(program: Program, but: Collection[int] = ()) -> tuple[Read, ...]:
 
 def _rising(e: Expr) -> tuple[str, tuple[tuple[str, int], ...]] | None:
     """An index as rising steps of one source, each of whose values occurs; None for any other."""
+    from flashloom.attention.linear import RISING, Step, linear
+
     terms, constant = linear(e)
     if terms.get("q_pos") and terms.get("kv_len") == -terms["q_pos"] and terms.get("q_len") == terms["q_pos"]:
         terms = {"row": terms["q_pos"], **{k: v for k, v in terms.items() if k not in ("q_pos", "kv_len", "q_len")}}
@@ -111,7 +111,11 @@ class Sizes:
         self._parts = any(part._sized for part in parts)
         flex = [x for part in parts if part._all_pairs for _, x in part._fields()]
         places = {i for i, x in enumerate(variant.values) if any(x is one for one in flex)}
-        self._pairs = pair_reads(self._program, places)
+        self._pairs: Any = ()
+        if places:
+            from flashloom.attention.pairs import pair_reads
+
+            self._pairs = pair_reads(self._program, places)
         #: Whether a batch matters at all.
         self.of_batch = bool(self._batch or self._parts or self._pairs)
 
@@ -132,6 +136,8 @@ class Sizes:
                 largest["q_pos"] = largest["kv_pos"]
             self._check(self._batch, values, largest, "the batch has")
         if self._pairs and batch.host:
+            from flashloom.attention.pairs import check_pairs
+
             check_pairs(self._pairs, self._program, values, heads, batch)
         if self._parts:
             for part in variant._parts():

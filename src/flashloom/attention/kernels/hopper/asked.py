@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from flashloom.kernel.gluon import GluonKernel
 
 __all__ = [
-    "MARKS", "Form", "attend_kernel", "boxes", "choose", "chunk_map", "mend_kernel", "plan_kernel", "suits",
+    "Form", "attend_kernel", "boxes", "choose", "chunk_map", "mend_kernel", "plan_kernel", "suits",
     "unsuitable", "usual",
 ]  # fmt: skip
 
-MARKS = 32  # bytes before the marks of rows (`consume.py`)
 MEND_STRIDES = (
     "q_request", "q_token", "q_head_step", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "out_request",
     "out_token", "out_head", "lse_request", "lse_token", "lse_head", "k_scale_head", "v_scale_head",

@@ -38,7 +38,7 @@ def attend(
     [3]: see `schedule`. CUT: a tile's keys may be cut into ranges (`split`), with part_out float32 [slots, HEADS,
     CONSUMERS, 64 * WIDTH], part_lse [.., 64] and arrivals int32 [slots, HEADS, CONSUMERS], zero before and after.
     scales, of 8-bit elements: those of keys and of values, float32, and the steps between two heads. marks int8, under
-    a mask: where rows that came out as NaN are told of. HEADS groups of PACK query heads; DIM, WIDTH: widths of keys
+    a mask: where it is told that a row came out as NaN. HEADS groups of PACK query heads; DIM, WIDTH: widths of keys
     and values in shared memory, KEY_DIM and VALUE_DIM in memory.
     """
     dtype: gl.constexpr = q.dtype

@@ -59,8 +59,6 @@ from flashloom.attention.kernels.hopper.step import (
 )
 from flashloom.attention.kernels.hopper.transpose import column_of, in_order
 
-MARKS = gl.constexpr(32)  # bytes before the marks of rows: the first says whether there is a mark
-
 
 @jit
 def run_tiles(
@@ -152,17 +150,16 @@ def store_lse(x, lse, row, last, q_start, head, lse_token, lse_head, PACK: gl.co
 
 
 @jit
-def mark_rows(x, marks, first, last, q_start, head, PACK: gl.constexpr, HEADS: gl.constexpr):
-    """Of x [64, *], packed rows `first` and on: mark those below `last` with a NaN (or infinities whose sum is one).
-    What a mask hides was multiplied by 0, which a NaN survives: `triton.mend` computes such rows once more."""
+def mark(x, marks, first, last):
+    """Say so if one of the rows of x [64, *] below `last`, packed rows `first` and on, holds a NaN (or infinities whose
+    sum is one). What a mask hides was multiplied by 0, which a NaN survives: `triton.mend` computes such rows once
+    more. One flag for all: marks of rows, whose places must be worked out, make the assembler order the loops
+    differently, which cost soft caps a tenth."""
     sums = own_sums(x)
     row = first + gl.arange(0, 64, gl.SliceLayout(1, sum_layout()))
-    place = MARKS + (q_start + row // PACK).to(gl.int64) * (HEADS * PACK) + head * PACK + row % PACK
     odd = (sums != sums) & (row < last)[:, None]
     one = gl.full([64, 4], 1, gl.int8, sum_layout())
-    nowhere = gl.full([64, 4], 0, gl.int64, sum_layout())
-    gl.store(marks + (nowhere + place[:, None]), one, mask=odd)
-    gl.store(marks + nowhere, one, mask=odd)
+    gl.store(marks + gl.full([64, 4], 0, gl.int32, sum_layout()), one, mask=odd)
 
 
 @jit
@@ -309,7 +306,7 @@ def consumer(
             factor = gl.convert_layout(value_scale / whole, gl.SliceLayout(1, o_layout), assert_trivial=True)
             result = acc * factor[:, None]
             if MASK is not None:
-                mark_rows(result, marks, first, last, q_start, head, PACK, HEADS)
+                mark(result, marks, first, last)
             whole_rows = 1
             if CUT:  # conversions: of layouts, Triton takes lists and tuples of the same numbers for different ones
                 result = gl.convert_layout(result, o_layout, assert_trivial=True)

@@ -6,7 +6,7 @@ import triton.language as tl
 from flashloom.attention.kernels.triton.exact import exact_row
 
 ITEM_WORDS = tl.constexpr(16)
-MARKS = tl.constexpr(32)  # bytes before the marks of rows: the first says whether there is a mark
+COLUMNS = tl.constexpr(32)  # looked at together
 
 
 @triton.jit
@@ -21,8 +21,9 @@ def mend(
     SCALES: tl.constexpr,
 ):  # fmt: skip
     """Tensors, strides and flags as in `attend`, items those of the Hopper kernel: ROWS rows (up to ROOM, a power of
-    two) of PACK heads, HEADS groups of them. marks int8: MARKS bytes, then one for each query token and head, all zero
-    afterwards; done int32, zero before and after."""
+    two) of PACK heads, HEADS groups of them. marks int8: not zero where the Hopper kernel met a NaN, zero afterwards;
+    done int32, zero before and after. Rows of `out` that hold a NaN are computed once more, under an output transform,
+    which may have made something else of it, all rows."""
     if tl.load(marks) == 0:
         return
     local = tl.arange(0, ROOM)
@@ -43,10 +44,17 @@ def mend(
         ours = (local < ROWS) & (row < q_len * PACK)
         if tl.load(item + 11) > 0:  # the first range's item does it
             ours = ours & (row < 0)
-        place = MARKS + (q_start + row // PACK).to(tl.int64) * (HEADS * PACK) + group * PACK + row % PACK
-        marked = tl.load(marks + place, mask=ours, other=0).to(tl.int32)
+        marked = ours.to(tl.int32)
+        if OUTPUT is None:
+            place = batch * out_request + (q_start + row // PACK).to(tl.int64) * out_token
+            place += (group * PACK + row % PACK).to(tl.int64) * out_head
+            marked = tl.zeros([ROOM], tl.int32)
+            for c in tl.static_range(0, VALUE_DIM, COLUMNS):
+                column = c + tl.arange(0, COLUMNS)
+                inside = ours[:, None] & (column < VALUE_DIM)[None, :]
+                x = tl.load(out + place[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+                marked = tl.maximum(marked, tl.max((x != x).to(tl.int32), 1))
         if tl.max(marked, 0) > 0:
-            tl.store(marks + place, tl.zeros([ROOM], tl.int8), mask=ours)
             kv_head = group * PACK // GROUP
             at = (batch, kv_head, q_len, kv_len, q_start, kv_start)
             wide_head = kv_head.to(tl.int64)
