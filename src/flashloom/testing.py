@@ -292,7 +292,9 @@ def draw_case(kernel_seed: int, case_seed: int, device: str = "cpu") -> Case:
     kind, layout = fixed.choice(["paged", "paged", "ragged", "dense"]), draw.choice(["NHD", "HND"])
     styles = STRIDES if device == "cpu" or fixed.random() < 0.4 else ("plain", "plain", "swapped")
     heads, rows = kernel.heads, sum(kv_lens)
-    updated = draw.random() < 0.3 and not {"ragged_mask", "packed_mask"} & set(kernel.parts)  # of these lengths alone
+    updated = draw.random() < 0.3 and not {"mask", "ragged_mask", "packed_mask"} & set(
+        kernel.parts
+    )  # of these lengths alone
     kv: KVLayout
     first: KVLayout | None = None
     if kind == "ragged":

@@ -379,3 +379,17 @@ def test_lengths_on_a_device_are_not_read():
     fits._check_batch(batch, heads)
     with pytest.raises(ValueError, match="3 requests, but there are 2"):
         fl.custom_mask(torch.ones(3, 9, 9, dtype=torch.bool))._check_batch(batch, heads)
+
+
+def test_a_mask_may_count_the_keys_of_a_request_without_queries():
+    """The longest request may be one that only waits: a mask of its keys is as good as one without them."""
+    heads, q = fl.HeadShape(2, 1, 16), torch.randn(3, 2, 16)
+    k, v = torch.randn(2, 3 + 50, 1, 16)
+    batch = fl.Batch(q_lens=[3, 0], kv=fl.RaggedKV([3, 50]))
+    keep = torch.rand(2, 3, 50) > 0.3
+    keep[..., 0] = True
+    scores = (q.double().transpose(0, 1) @ k[:3, 0].double().T / 4).masked_fill(~keep[0, :, :3], -torch.inf)
+    want = (scores.softmax(-1) @ v[:3, 0].double()).transpose(0, 1)
+    for mask in (keep, keep[..., :3]):
+        plan = fl.Attention(heads, variant=fl.custom_mask(mask), dtype=torch.float32, device="cpu").plan(batch)
+        torch.testing.assert_close(plan.run(q, (k, v)).double(), want, atol=1e-5, rtol=1e-5)

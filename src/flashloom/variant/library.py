@@ -280,8 +280,10 @@ class DenseMask(Variant):
                     f"custom_mask has shape {list(shape)}, {shape[axis]} {name}, but there are {size}: a mask is "
                     f"{_MASK_FORMS}, with {size} {name} or 1 for all"
                 )
-        if batch.longest is not None and batch.longest != shape[-2:]:
-            q, kv = batch.longest
+        if batch.longest is None:
+            return
+        q, kv = batch.longest  # of requests with queries; a mask may also have the keys of those without
+        if shape[-2] != q or shape[-1] not in (kv, int(batch.kv_lens.max())):
             raise ValueError(
                 f"custom_mask has shape {list(shape)}, {shape[-2]} queries and {shape[-1]} keys, but the longest "
                 f"request has {q} and {kv}: a mask is {_MASK_FORMS} of just these sizes; cut a larger one with "
