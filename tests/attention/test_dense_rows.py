@@ -29,7 +29,7 @@ def test_rows_and_growing_keys():
     plan.update(fl.Batch(q_lens=[2, 3], kv=fl.DenseKV(2, 12, [12, 9], rows=[1, 1])))
     wanted = [expected(q[:2], longer, 1, 12), expected(q[2:], longer, 1, 9)]
     torch.testing.assert_close(plan.run(q, longer), torch.cat(wanted))
-    with pytest.raises(ValueError, match=r"must be \[pages, 12, 2, 16\]"):
+    with pytest.raises(ValueError, match=r"must be \[requests, 12, 2, 16\]"):
         plan.run(q, kv)
     plan.update(fl.Batch(q_lens=[5], kv=fl.DenseKV(1, 12, rows=[3])))
     with pytest.raises(ValueError, match="3"):

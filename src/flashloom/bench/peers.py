@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from flashloom.bench.cases import Case
 from flashloom.bench.workloads import Workload
 from flashloom.doctor import find_compilers
+from flashloom.errors import FlashloomError
 
 
-class Unable(RuntimeError):
+class Unable(FlashloomError, RuntimeError):
     """A peer cannot run on this machine; the message says what it needs."""
 
 
