@@ -234,7 +234,7 @@ def test_a_first_decode_from_the_store_imports_nothing_that_builds(tmp_path, mon
     heavy = {"triton", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "transformers", "platformdirs"}
     assert not imported & {*heavy, *(f"flashloom.{name}" for name in idle)}
     # 0.1 to 0.4 ms each; checks of variants, of what they index and of integers are twelve of them
-    assert len([name for name in imported if name.startswith("flashloom.")]) <= 67
+    assert len([name for name in imported if name.startswith("flashloom.")]) <= 68
 
 
 class Loaded:
