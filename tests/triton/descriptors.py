@@ -296,10 +296,16 @@ def used(text: str) -> list[tuple[str, Pair, Pair] | None]:
 
 
 def faults(ptx: str, machine_code: str) -> list[str]:
-    """What products read by other descriptors than the compiler wrote."""
+    """What products read by other descriptors than the compiler wrote. The parts of a kernel for its groups of warps,
+    up to three equal ones with products, may lie in another order in machine code."""
     wanted, have = written(ptx), used(machine_code)
     if len(wanted) != len(have):
         return [f"{len(wanted)} products were written and {len(have)} made"]
+    turns = {0} | {k * len(have) // parts for parts in (2, 3) if len(have) % parts == 0 for k in range(1, parts)}
+    return min((_differences(wanted, have[n:] + have[:n]) for n in sorted(turns)), key=len)
+
+
+def _differences(wanted: list[list[Pair]], have: list[tuple[str, Pair, Pair] | None]) -> list[str]:
     found = []
     for i, (want, product) in enumerate(zip(wanted, have)):
         if product is None:
