@@ -196,3 +196,30 @@ def test_binary(kernel, tmp_path):
         assert copies[-1] - copies[0] < 5 * vectors
         assert not any(map(in_memory, innermost_loops(sass, "LDGSTS")))
     assert len(re.findall(r"\bUSETMAXREG\b", sass)) >= 4, "the assembler ignored the consumers' registers"
+
+
+class Halved(fl.Variant):
+    def output_transform(self, out, lse, at):
+        return out * 0.5
+
+
+MENDED = [
+    ("causal", H(32, 8, 128), fl.causal, BF16, 16, BF16),
+    ("soft cap into float32", H(32, 8, 128), fl.causal & fl.softcap(30.0), BF16, 0, torch.float32),
+    ("odd widths", H(8, 4, 80, 96), fl.causal & fl.sliding_window(9), F16, 3, F16),
+    ("8 bits", H(32, 8, 128), fl.causal, E4M3, 16, BF16),
+    ("output transform", H(8, 8, 64), fl.causal & Halved(), BF16, 1, BF16),
+    ("query transform", H(8, 8, 64), fl.causal & Warm(gain=torch.ones(8)), BF16, 16, BF16),
+]
+
+
+@pytest.mark.parametrize("mended", MENDED, ids=lambda mended: mended[0])
+def test_the_kernel_that_mends(mended):
+    """Triton's interpreter runs it in other tests, and takes what its compiler refuses."""
+    _, heads, variant, dtype, page_size, out = mended
+    spec = AttentionSpec(heads, variant.program.specialise(heads.dim, heads.value_dim), dtype, dtype)
+    chosen = asked.choose(spec, 2048, page_size)
+    stages, metadata = asked.mend_kernel(spec, out, chosen, page_size, Target("sm90")).compile()
+    assert metadata["num_warps"] == 4
+    assert not metadata["global_scratch_size"]
+    assert stages["cubin"]

@@ -49,8 +49,8 @@ def mend(
             place = batch * out_request + (q_start + row // PACK).to(tl.int64) * out_token
             place += (group * PACK + row % PACK).to(tl.int64) * out_head
             marked = tl.zeros([ROOM], tl.int32)
-            for c in tl.static_range(0, VALUE_DIM, COLUMNS):
-                column = c + tl.arange(0, COLUMNS)
+            for start in tl.static_range(0, VALUE_DIM, COLUMNS):
+                column = start + tl.arange(0, COLUMNS)
                 inside = ours[:, None] & (column < VALUE_DIM)[None, :]
                 x = tl.load(out + place[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
                 marked = tl.maximum(marked, tl.max((x != x).to(tl.int32), 1))
