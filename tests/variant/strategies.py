@@ -128,6 +128,12 @@ numbers = st.recursive(_leaves, _extend, max_leaves=6)
 conditions = _conditions(numbers)
 
 
+def _inside(index: Any, size: int) -> Any:
+    """An index that is a number, or folded to one, within an axis."""
+    number = index._expr.attr if isinstance(index, Symbol) and index._expr.op == "const" else index
+    return number % size if isinstance(number, int) else index
+
+
 def _integer(x: Any) -> Any:
     return OPS["to"](x, torch.int32) if isinstance(x, Symbol) and x._expr.dtype in (FLOAT, BOOL) else x
 
@@ -144,6 +150,9 @@ def build(recipe: tuple, self: Any, at: Any) -> Any:
     if name in ("small", "mask", "table", "bits"):
         i, j = (_integer(OPS["floor"](a) if isinstance(a, float) else a) for a in args)
         i, j = (int(x) if isinstance(x, float) else x for x in (i, j))
+        if name != "bits":  # a constant outside is refused
+            rows, columns = {"small": (6, 1), "mask": (MAX_LEN, MAX_LEN), "table": (5, 7)}[name]
+            i, j = _inside(i, rows), _inside(j, columns)
         return {
             "small": lambda: self.small[i],
             "mask": lambda: OPS["to"](self.mask[i, j], torch.int32),
